@@ -1,0 +1,1 @@
+"""Packs, streaming, residency, and the transformers models that run on them."""

@@ -1,0 +1,1 @@
+"""Weight formats and the kernels that compute with packed weights."""

@@ -1,0 +1,76 @@
+"""Every error this project raises for a reason that a user can act on.
+
+    MoeOffloadError
+    ├── ConfigError            an option or argument is wrong (also a ValueError)
+    ├── BudgetError            the memory given is too small; says the smallest that works
+    ├── UnsupportedModelError  no experts, or experts of a class that is not known
+    ├── SourceError            the checkpoint cannot be read: missing, truncated, inconsistent, not downloadable
+    │   └── UnsupportedQuantizationError   the checkpoint's quantisation is not one we can read
+    ├── FormatError            a weight cannot be held in the format asked for
+    ├── DiskFullError          not enough room to write a pack
+    ├── PackError              an expert pack cannot be used
+    │   ├── PackIncompleteError    packing was not finished
+    │   ├── PackVersionError       written by another version of the format
+    │   └── PackCorruptError       damaged: missing or truncated file, wrong checksum, manifest that does not add up
+    └── ExpertReadError        the disk failed while an expert was read, after retries
+"""
+
+
+class MoeOffloadError(Exception):
+    """Base of all errors; its text is a message for people, with numbers and a remedy."""
+
+
+class ConfigError(MoeOffloadError, ValueError):
+    """An option or argument is wrong."""
+
+
+class BudgetError(MoeOffloadError):
+    """The memory given cannot hold what is needed.
+
+    ``needed_bytes`` is the smallest budget that works, ``budget_bytes`` the one that was given.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+
+
+class UnsupportedModelError(MoeOffloadError):
+    """The model has no experts, or experts of a class that is not known."""
+
+
+class SourceError(MoeOffloadError):
+    """The checkpoint cannot be read."""
+
+
+class UnsupportedQuantizationError(SourceError):
+    """The checkpoint is quantised in a way that cannot be read here."""
+
+
+class FormatError(MoeOffloadError):
+    """A weight cannot be held in the format asked for."""
+
+
+class DiskFullError(MoeOffloadError):
+    """Not enough room on the disk to write a pack."""
+
+
+class PackError(MoeOffloadError):
+    """An expert pack cannot be used."""
+
+
+class PackIncompleteError(PackError):
+    """Packing was not finished."""
+
+
+class PackVersionError(PackError):
+    """The pack was written by another version of the format."""
+
+
+class PackCorruptError(PackError):
+    """The pack is damaged."""
+
+
+class ExpertReadError(MoeOffloadError):
+    """The disk failed while an expert was read, after retries."""
