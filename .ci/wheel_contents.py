@@ -1,0 +1,20 @@
+"""Fails if a wheel would install anything outside ``moe_offload/`` or lacks one of its packages."""
+
+import sys
+import zipfile
+
+PACKAGES = ("", "cache/", "cli/", "offload/", "quant/")
+
+
+def main(path: str) -> None:
+    with zipfile.ZipFile(path) as wheel:
+        names = wheel.namelist()
+    outside = [n for n in names if not n.startswith("moe_offload/") and ".dist-info/" not in n]
+    missing = [p for p in PACKAGES if f"moe_offload/{p}__init__.py" not in names]
+    if outside or missing or "moe_offload/py.typed" not in names:
+        sys.exit(f"{path}: outside moe_offload/: {outside}; packages missing: {missing}")
+    print(f"{path}: {len(names)} files, all inside moe_offload/")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
