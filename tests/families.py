@@ -160,6 +160,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "top_k_experts": 2,
             "moe_intermediate_size": 24,
             "num_hidden_layers": 6,
+            "vocab_size_per_layer_input": 128,
+            "hidden_size_per_layer_input": 8,
         },
     ),
     "solar_open": ("solar_open", {**_BASE, **_HEAD8, **_ROUTED, "n_shared_experts": 1}),
@@ -212,7 +214,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 ENCODER_DECODERS = frozenset({"switch_transformers", "nllb_moe"})
 
 
-def make_config(name: str) -> PreTrainedConfig:
-    """A fresh configuration of one family."""
+def make_config(name: str, **overrides: Any) -> PreTrainedConfig:
+    """A fresh configuration of one family, some of its values replaced."""
     model_type, kwargs = FAMILIES[name]
-    return AutoConfig.for_model(model_type, **kwargs)
+    return AutoConfig.for_model(model_type, **(kwargs | overrides))
