@@ -1,0 +1,109 @@
+"""What all formats with codes and scales share: validation, tiling, and the choice between kernel and plain torch."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_offload.errors import FormatError
+from moe_offload.quant import reference
+from moe_offload.quant.base import ErrorBound
+from moe_offload.quant.layout import PackedLayout, matrix_shape
+from moe_offload.quant.tiles import row_tiles
+
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Plain torch holds several intermediates for each weight of a tile.
+_REFERENCE_TILE_WEIGHTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class BlockedFormat(ABC):
+    """A format whose weights share a scale within blocks."""
+
+    spec: str
+
+    @property
+    def is_raw(self) -> bool:
+        return False
+
+    @property
+    @abstractmethod
+    def error_bound(self) -> ErrorBound: ...
+
+    @abstractmethod
+    def bits_per_weight(self) -> float: ...
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, ...]) -> PackedLayout:
+        """Where codes and scales go; raises FormatError for a shape that the format cannot hold."""
+
+    @abstractmethod
+    def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Plain torch: fp32 [n, K] -> code bytes [n, row_bytes] and scales."""
+
+    @abstractmethod
+    def codes_to_float(self, codes: Tensor) -> Tensor:
+        """Plain torch: code bytes [n, row_bytes] -> what the codes stand for, fp32 [n, >= K]."""
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return self.layout(shape).total_bytes
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        layout = self.layout(tuple(weight.shape))
+        if weight.dtype not in _WEIGHT_DTYPES:
+            raise FormatError(f"{self.spec} packs fp32, bf16 or fp16 weights, got {weight.dtype}; convert it first")
+        packed = layout.empty().to(weight.device)
+        codes, scales = layout.codes(packed), layout.scales(packed)
+        for rows in self._reference_tiles(layout):
+            tile = weight[rows].float()
+            reference.check_finite(tile)
+            codes[rows], scales[self._scale_rows(layout, rows)] = self.quantize_rows(tile)
+        return packed
+
+    def dequantize(self, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        layout = self.layout(shape)
+        layout.check(packed, self.spec)
+        weight = torch.empty(matrix_shape(shape, self.spec), dtype=dtype, device=packed.device)
+        for rows in self._reference_tiles(layout):
+            weight[rows] = self._dequantize_rows(packed, layout, rows)
+        return weight
+
+    def linear(self, x: Tensor, packed: Tensor, shape: tuple[int, int], out_dtype: torch.dtype | None = None) -> Tensor:
+        layout = self.layout(shape)
+        layout.check(packed, self.spec)
+        if x.dim() != 2 or x.shape[1] != shape[1]:
+            raise FormatError(f"x must be [T, {shape[1]}] for a {list(shape)} weight, got {list(x.shape)}")
+        # bf16 has matrix units; fp16's range is too small for a scaled weight, so it computes in fp32
+        compute_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        out = torch.empty(x.shape[0], shape[0], dtype=out_dtype or x.dtype, device=x.device)
+        x = x.to(compute_dtype)
+        for rows in self._reference_tiles(layout):
+            out[:, rows] = F.linear(x, self._dequantize_rows(packed, layout, rows).to(compute_dtype))
+        return out
+
+    def _dequantize_rows(self, packed: Tensor, layout: PackedLayout, rows: slice) -> Tensor:
+        """fp32 [n, K] of a tile; ``rows`` starts at a multiple of the block's rows."""
+        weight = self.codes_to_float(layout.codes(packed)[rows])
+        scales = reference.scale_to_float(layout.scales(packed)[self._scale_rows(layout, rows)])
+        if layout.block_rows > 1:
+            scales = scales.repeat_interleave(layout.block_rows, dim=0)[: weight.shape[0]]
+        whole = weight.shape[1] // layout.block_cols * layout.block_cols
+        blocks = torch.unflatten(weight[:, :whole], 1, (-1, layout.block_cols)) if whole else weight[:, :0]
+        if whole:
+            blocks.mul_(scales[:, : blocks.shape[1], None])
+        weight[:, whole:].mul_(scales[:, -1:])
+        return weight[:, : layout.num_cols]
+
+    @staticmethod
+    def _reference_tiles(layout: PackedLayout) -> list[slice]:
+        return list(
+            row_tiles(
+                layout.num_rows, layout.num_cols, multiple_of=layout.block_rows, tile_weights=_REFERENCE_TILE_WEIGHTS
+            )
+        )
+
+    @staticmethod
+    def _scale_rows(layout: PackedLayout, rows: slice) -> slice:
+        return slice(rows.start // layout.block_rows, -(-rows.stop // layout.block_rows))

@@ -1,0 +1,15 @@
+"""Cutting a matrix into tiles of rows, so that temporaries stay small whatever the matrix."""
+
+from collections.abc import Iterator
+
+# 1 Mi weights: 4 MiB in fp32 and a few times that in a fallback's intermediates, yet large for a matrix product.
+TILE_WEIGHTS = 1 << 20
+
+
+def row_tiles(
+    num_rows: int, num_cols: int, *, multiple_of: int = 1, tile_weights: int = TILE_WEIGHTS
+) -> Iterator[slice]:
+    """Slices that cover the rows; each but the last a multiple of ``multiple_of`` rows long."""
+    rows = max(1, tile_weights // max(1, num_cols * multiple_of)) * multiple_of
+    for start in range(0, num_rows, rows):
+        yield slice(start, min(start + rows, num_rows))
