@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 _RECURRENT_DTYPE_BYTES = 4  # several models keep recurrent states in fp32 whatever they compute in
-_WINDOW_TYPES = ("sliding_attention", "chunked_attention", "hybrid_sliding")
-_STATE_TYPES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
-_STATE_ONLY_TYPES = ("linear_attention", "conv")
+STATE_ONLY_TYPES = ("linear_attention", "conv")
+_STATE_TYPES = (*STATE_ONLY_TYPES, "hybrid", "hybrid_sliding")
+COMPRESSED_TYPES = ("heavily_compressed_attention", "compressed_sparse_attention")
 
 
 def kv_cache_bytes(
@@ -40,27 +40,33 @@ def cache_bytes_per_layer(
     """The bound of ``kv_cache_bytes`` layer by layer."""
     # A decoder's own keys, then those of what it attends to in the encoder.
     sides = 2 if config.is_encoder_decoder else 1
-    decoder = config.get_text_config(decoder=True)
-    layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
     per_layer = []
-    for layer_type, kwargs, layer in zip(layer_types, layer_kwargs, decoder.per_layer_config, strict=True):
-        window_tokens = kwargs.get("sliding_window") or getattr(layer, "sliding_window", None) or context_tokens
-        window_tokens = min(context_tokens, window_tokens - 1 + chunk_tokens)
+    for layer_type, window, layer in cache_layers(config):
+        window_tokens = min(context_tokens, (window or context_tokens) - 1 + chunk_tokens)
         if layer_type == "dummy":
             layer_bytes = 0
-        elif layer_type in ("heavily_compressed_attention", "compressed_sparse_attention"):
+        elif layer_type in COMPRESSED_TYPES:
             values = _compressed_attention_values(layer, layer_type, context_tokens, window_tokens, chunk_tokens)
             layer_bytes = values * dtype_bytes
         else:
-            kv_tokens = window_tokens if layer_type in _WINDOW_TYPES else context_tokens
-            if layer_type in _STATE_ONLY_TYPES:
-                kv_tokens = 0
+            kv_tokens = 0 if layer_type in STATE_ONLY_TYPES else window_tokens if window else context_tokens
             layer_bytes = sides * kv_tokens * values_per_token(layer, layer_type) * dtype_bytes
             if layer_type in _STATE_TYPES:
                 conv_values, recurrent_values = _state_values(layer)
                 layer_bytes += conv_values * dtype_bytes + recurrent_values * _RECURRENT_DTYPE_BYTES
         per_layer.append(batch_size * layer_bytes)
     return per_layer
+
+
+def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None, Any]]:
+    """Each decoder layer's kind as transformers' cache names it, its window in tokens or None, and its own config."""
+    decoder = config.get_text_config(decoder=True)
+    layer_types, layer_kwargs = get_layer_types_and_kwargs(decoder)
+    layers = []
+    for layer_type, kwargs, layer in zip(layer_types, layer_kwargs, decoder.per_layer_config, strict=True):
+        window = layer.sliding_window if layer_type in COMPRESSED_TYPES else kwargs.get("sliding_window")
+        layers.append((layer_type, window, layer))
+    return layers
 
 
 def values_per_token(layer: Any, layer_type: str = "full_attention") -> int:
