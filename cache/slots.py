@@ -39,13 +39,22 @@ class LayerSlots:
         self.expert_in: NDArray[np.int64] = np.full(num_slots, -1, dtype=np.int64)
         self.evictable: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)  # loaded and not pinned
         self.empty = list(range(num_slots - 1, -1, -1))
-        self.speculative: dict[int, int] = {}  # slot -> the layer's event count when it was prefetched
-        self.num_events = 0
-        self.last_step: frozenset[int] = frozenset()
 
     @property
     def num_slots(self) -> int:
         return len(self.state) - self.state.count(RETIRED)
+
+    def unused(self) -> set[int]:
+        """The slots that hold an expert and no pin."""
+        return {slot for slot in self.slot_of if slot >= 0 and not self.pins[slot]}
+
+    def loaded_experts(self) -> list[int]:
+        """Those whose bytes are there."""
+        return [expert_idx for expert_idx, slot in enumerate(self.slot_of) if slot >= 0 and self.state[slot] is LOADED]
+
+    def orphans(self) -> list[int]:
+        """Experts that wait for their bytes while no step waits for them."""
+        return [int(self.expert_in[slot]) for slot in self.unused() if self.state[slot] is LOADING]
 
     def coldest_first(self, scores: NDArray[np.float64]) -> Iterator[int]:
         """The evictable slots, by the scores of their experts; of equals, the lower slot first."""
@@ -133,8 +142,6 @@ class LayerSlots:
             else:
                 self._set_empty(slot)
         self.evictable = np.array([s is LOADED and not p for s, p in zip(self.state, self.pins, strict=True)])
-        unused = {slot for slot in resident if not self.pins[slot]}
-        self.speculative = {slot: event for slot, event in self.speculative.items() if slot in unused}
 
     def check_integrity(self) -> None:
         """AssertionError if the slots contradict themselves."""
@@ -152,6 +159,3 @@ class LayerSlots:
                 f"{told} has a wrong evictable flag"
             )
             assert self.empty.count(slot) == (state is EMPTY), f"{told} is wrong in the list of empty slots"
-        for slot in self.speculative:
-            assert slot in resident, f"slot {slot} is speculative but empty"
-            assert not self.pins[slot], f"slot {slot} is speculative but in use"

@@ -1,168 +1,26 @@
-"""What the cache counts, per layer, and frozen copies of it."""
+"""The running counts of a cache."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import astuple, dataclass, field
-from typing import Literal, Self
+import threading
+from collections.abc import Sequence
 
-Phase = Literal["decode", "prefill"]
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Counts that add and subtract field by field."""
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __sub__(self, other: Self) -> Self:
-        return type(self)(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(frozen=True)
-class PhaseCounts(_Counts):
-    """Requests for experts, one per expert and step: requests == hits + misses + bypassed."""
-
-    requests: int = 0
-    hits: int = 0
-    misses: int = 0
-    bypassed: int = 0
-    evictions: int = 0
-
-    @property
-    def hit_ratio(self) -> float:
-        """Share of the requests that found their expert resident or on its way; 0 without requests."""
-        return self.hits / self.requests if self.requests else 0.0
-
-
-@dataclass(frozen=True)
-class PrefetchCounts(_Counts):
-    """Speculative loads, in experts: issued == used + late + wasted + those whose fate is open.
-
-    ``used`` were asked for after their bytes had arrived, ``late`` before; ``wasted`` left without any use.
-    """
-
-    issued: int = 0
-    used: int = 0
-    late: int = 0
-    wasted: int = 0
-    evictions: int = 0
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """The counts of one layer, or of several added up."""
-
-    decode: PhaseCounts = PhaseCounts()
-    prefill: PhaseCounts = PhaseCounts()
-    prefetch: PrefetchCounts = PrefetchCounts()
-
-    @property
-    def total(self) -> PhaseCounts:
-        """Decode and prefill together."""
-        return self.decode + self.prefill
-
-    def __add__(self, other: Self) -> "LayerStats":
-        return LayerStats(self.decode + other.decode, self.prefill + other.prefill, self.prefetch + other.prefetch)
-
-    def __sub__(self, other: Self) -> "LayerStats":
-        return LayerStats(self.decode - other.decode, self.prefill - other.prefill, self.prefetch - other.prefetch)
-
-
-@dataclass(frozen=True)
-class StatsSnapshot:
-    """All counts at one moment."""
-
-    layers: tuple[LayerStats, ...]
-
-    @property
-    def all_layers(self) -> LayerStats:
-        """The layers added up."""
-        return sum(self.layers, start=LayerStats())
-
-    @property
-    def decode(self) -> PhaseCounts:
-        return self.all_layers.decode
-
-    @property
-    def prefill(self) -> PhaseCounts:
-        return self.all_layers.prefill
-
-    @property
-    def prefetch(self) -> PrefetchCounts:
-        return self.all_layers.prefetch
-
-    @property
-    def total(self) -> PhaseCounts:
-        """Decode and prefill together."""
-        return self.all_layers.total
-
-    @property
-    def hit_ratio(self) -> float:
-        """Of decode and prefill together."""
-        return self.total.hit_ratio
-
-    def diff(self, earlier: "StatsSnapshot") -> "StatsSnapshot":
-        """What was counted since an earlier snapshot of the same cache."""
-        return StatsSnapshot(tuple(new - old for new, old in zip(self.layers, earlier.layers, strict=True)))
-
-
-@dataclass(slots=True)
-class PhaseCounters:
-    """The running form of `PhaseCounts`."""
-
-    requests: int = 0
-    hits: int = 0
-    misses: int = 0
-    bypassed: int = 0
-    evictions: int = 0
-
-
-@dataclass(slots=True)
-class PrefetchCounters:
-    """The running form of `PrefetchCounts`."""
-
-    issued: int = 0
-    used: int = 0
-    late: int = 0
-    wasted: int = 0
-    evictions: int = 0
-
-
-@dataclass(slots=True)
-class LayerCounters:
-    """The running form of `LayerStats`."""
-
-    decode: PhaseCounters = field(default_factory=PhaseCounters)
-    prefill: PhaseCounters = field(default_factory=PhaseCounters)
-    prefetch: PrefetchCounters = field(default_factory=PrefetchCounters)
-
-    def freeze(self) -> LayerStats:
-        return LayerStats(
-            PhaseCounts(*astuple(self.decode)),
-            PhaseCounts(*astuple(self.prefill)),
-            PrefetchCounts(*astuple(self.prefetch)),
-        )
+from moe_offload.cache.counts import StatsSnapshot
+from moe_offload.cache.layer import Layer
 
 
 class CacheStats:
-    """A cache's running counts; `snapshot` is consistent across layers whatever other threads do."""
+    """What a cache has counted since its start or the last reset."""
 
-    def __init__(
-        self, lock: AbstractContextManager[bool], layers: list[LayerCounters], open_prefetches: Callable[[int], int]
-    ) -> None:
+    def __init__(self, lock: threading.Lock, layers: Sequence[Layer]) -> None:
         self._lock = lock
         self._layers = layers
-        self._open_prefetches = open_prefetches
 
     def snapshot(self) -> StatsSnapshot:
+        """Consistent across layers, whatever other threads are doing."""
         with self._lock:
-            return StatsSnapshot(tuple(layer.freeze() for layer in self._layers))
+            return StatsSnapshot(tuple(layer.freeze_counts() for layer in self._layers))
 
     def reset(self) -> None:
-        """Start from zero; prefetches whose fate is open count as issued anew."""
+        """Start from zero; prefetches that nobody has used or wasted yet count as issued anew."""
         with self._lock:
-            for layer_idx, layer in enumerate(self._layers):
-                layer.decode = PhaseCounters()
-                layer.prefill = PhaseCounters()
-                layer.prefetch = PrefetchCounters(issued=self._open_prefetches(layer_idx))
+            for layer in self._layers:
+                layer.reset_counts()
