@@ -1,5 +1,6 @@
 """Slots in one piece of page-aligned memory, which costs nothing until it is touched."""
 
+import contextlib
 import mmap
 from types import TracebackType
 from typing import Protocol
@@ -12,12 +13,12 @@ from moe_offload.offload.sizes import format_size
 
 
 class CudaHost(Protocol):
-    """The part of the CUDA runtime that page-locks memory; ``torch.cuda.cudart()`` has it. Both return 0 for success."""
+    """The part of the CUDA runtime that page-locks memory; ``torch.cuda.cudart()`` has it. Zero is success."""
 
-    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
         """Page-lock memory."""
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         """Undo it."""
 
 
@@ -44,7 +45,7 @@ class Slab:
         self.pin_failure: str | None = None
         try:
             # Private: shared anonymous memory, the default of mmap, counts as shmem and gets no huge pages.
-            memory = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+            memory = mmap.mmap(-1, self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             free_bytes = psutil.virtual_memory().available
             raise BudgetError(
@@ -54,11 +55,8 @@ class Slab:
                 budget_bytes=free_bytes,
             ) from error
         # Fewer page faults and cheaper direct reads; a touched slot costs at most the huge pages at its two ends more.
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages
-                pass
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory: memoryview | None = memoryview(memory)
         self._tensor: torch.Tensor | None = torch.frombuffer(memory, dtype=torch.uint8)
         self._cuda_host: CudaHost | None = None
@@ -71,7 +69,7 @@ class Slab:
                 if not torch.cuda.is_available():
                     self.pin_failure = "there is no CUDA device"
                     return
-                cuda_host = torch.cuda.cudart()
+                cuda_host = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             status = int(cuda_host.cudaHostRegister(self._address(), self.size_bytes, 0))
         except RuntimeError as error:
             self.pin_failure = f"CUDA cannot pin memory: {error}"
