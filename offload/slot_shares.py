@@ -1,0 +1,51 @@
+"""How a budget of bytes becomes slots: every layer the same share of its experts, as far as whole slots allow."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class SlotNeed:
+    """One layer's experts: how many, how large a slot, and the fewest slots that it can work with."""
+
+    num_experts: int
+    slot_bytes: int
+    floor: int
+
+
+def slots_bytes(needs: Sequence[SlotNeed], num_slots: Sequence[int]) -> int:
+    """Bytes of so many slots a layer."""
+    return sum(need.slot_bytes * slots for need, slots in zip(needs, num_slots, strict=True))
+
+
+def fill_slots(needs: Sequence[SlotNeed], budget_bytes: int) -> list[int]:
+    """Slots of each layer; the floors must fit.
+
+    First the largest share of the experts that fits for all layers, then slot by slot for the
+    layer furthest behind, while there is room.
+    """
+
+    def at(share: Fraction) -> list[int]:
+        return [min(need.num_experts, max(need.floor, int(share * need.num_experts))) for need in needs]
+
+    if not needs:
+        return []
+    # Only at these shares does any layer gain a slot.
+    shares = sorted({Fraction(k, need.num_experts) for need in needs for k in range(need.num_experts + 1)})
+    fitting = bisect.bisect_right(shares, budget_bytes, key=lambda share: slots_bytes(needs, at(share)))
+    assert fitting > 0, "the floors do not fit"
+    num_slots = at(shares[fitting - 1])
+    left_bytes = budget_bytes - slots_bytes(needs, num_slots)
+    while True:
+        growing = [
+            layer_idx
+            for layer_idx, need in enumerate(needs)
+            if num_slots[layer_idx] < need.num_experts and need.slot_bytes <= left_bytes
+        ]
+        if not growing:
+            return num_slots
+        behind = min(growing, key=lambda layer_idx: num_slots[layer_idx] / needs[layer_idx].num_experts)
+        num_slots[behind] += 1
+        left_bytes -= needs[behind].slot_bytes
