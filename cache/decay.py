@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 HALF_LIFE_EVENTS = 24
 # A new text starts from nothing: what came before only decides between experts that it has not asked for yet.
 NEW_SEQUENCE_HALF_LIVES = 40
@@ -20,7 +17,7 @@ class DecayPolicy:
     """
 
     def __init__(self, num_experts: Sequence[int]) -> None:
-        self._counts = [np.zeros(n, dtype=np.float64) for n in num_experts]
+        self._counts = [[0.0] * n for n in num_experts]
         self._use_weight = [1.0] * len(num_experts)
 
     def touch(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float] | None) -> None:
@@ -29,7 +26,7 @@ class DecayPolicy:
         for expert_idx in expert_ids:
             counts[expert_idx] += use_weight
 
-    def scores(self, layer_idx: int) -> NDArray[np.float64]:
+    def scores(self, layer_idx: int) -> Sequence[float]:
         return self._counts[layer_idx]
 
     def new_sequence(self) -> None:
@@ -39,7 +36,7 @@ class DecayPolicy:
     def _grow(self, layer_idx: int, factor: float) -> float:
         use_weight = self._use_weight[layer_idx] * factor
         if use_weight > RESCALE_AT:
-            self._counts[layer_idx] /= use_weight
+            self._counts[layer_idx] = [count / use_weight for count in self._counts[layer_idx]]
             use_weight = 1.0
         self._use_weight[layer_idx] = use_weight
         return use_weight

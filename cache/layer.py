@@ -2,10 +2,6 @@
 
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from itertools import islice
-
-import numpy as np
-from numpy.typing import NDArray
 
 from moe_offload.cache.counts import LayerStats, Phase, PhaseCounters
 from moe_offload.cache.lease import Placement
@@ -44,7 +40,7 @@ class Layer:
         missing: list[int],
         held: list[int],
         misses: list[Placement],
-        scores: NDArray[np.float64],
+        scores: Sequence[float],
         only_if_hotter: bool,
         phase: Phase,
     ) -> list[int]:
@@ -52,7 +48,7 @@ class Layer:
         slots = self.slots
         coldest: Iterator[int] = iter(())
         if len(missing) > len(slots.empty):
-            coldest = slots.coldest_first(scores)
+            coldest = iter(slots.coldest_first(scores))
             if only_if_hotter:
                 missing = sorted(missing, key=scores.__getitem__, reverse=True)
         for rank, expert_idx in enumerate(missing):
@@ -60,11 +56,11 @@ class Layer:
             if slots.empty:
                 slot = slots.empty.pop()
             else:
-                slot = next(coldest, -1)
-                if slot < 0 or (only_if_hotter and scores[slots.expert_in[slot]] >= scores[expert_idx]):
+                victim = next(coldest, None)
+                if victim is None or (only_if_hotter and scores[victim] >= scores[expert_idx]):
                     # From here on victims only get hotter and newcomers colder: nobody after this one fits either.
                     return missing[rank:]
-                victim = self._evict(slot)
+                slot = self._evict(victim)
                 self._phases[phase].evictions += 1
             held.append(slot)
             slots.fill(slot, expert_idx)
@@ -104,28 +100,28 @@ class Layer:
             return False
         return self.mark_failed(expert_idx)
 
-    def _evict(self, slot: int) -> int:
-        self.speculation.end_wasted(slot)
-        return self.slots.evict(slot)
+    def _evict(self, expert_idx: int) -> int:
+        self.speculation.end_wasted(self.slots.slot_of[expert_idx])
+        return self.slots.evict(expert_idx)
 
     # -- without a step --
 
-    def admit_prefetch(self, expert_ids: Sequence[int], scores: NDArray[np.float64]) -> list[Placement]:
+    def admit_prefetch(self, expert_ids: Sequence[int], scores: Sequence[float]) -> list[Placement]:
         slots, speculation = self.slots, self.speculation
         missing = [expert_idx for expert_idx in expert_ids if slots.slot_of[expert_idx] < 0]
         coldest: Iterator[int] = iter(())
         if len(missing) > len(slots.empty):
-            coldest = slots.coldest_first(scores)
+            coldest = iter(slots.coldest_first(scores))
         placements: list[Placement] = []
         for expert_idx in missing:
             victim = None
             if slots.empty:
                 slot = slots.empty.pop()
             else:
-                slot = next((s for s in coldest if speculation.may_displace(s, int(slots.expert_in[s]))), -1)
-                if slot < 0:
+                victim = next((e for e in coldest if speculation.may_displace(slots.slot_of[e], e)), None)
+                if victim is None:
                     break
-                victim = self._evict(slot)
+                slot = self._evict(victim)
                 speculation.counters.evictions += 1
             slots.fill(slot, expert_idx)
             speculation.begin(slot)
@@ -142,7 +138,7 @@ class Layer:
             placements.append(Placement(expert_idx, slot, None, True))
         return placements
 
-    def resize(self, num_slots: int, scores: NDArray[np.float64]) -> list[int]:
+    def resize(self, num_slots: int, scores: Sequence[float]) -> list[int]:
         slots = self.slots
         num_excess = slots.num_slots - num_slots
         if num_excess <= 0:
@@ -151,8 +147,8 @@ class Layer:
         for slot in given_back:
             slots.empty.remove(slot)
             slots.retire(slot)
-        for slot in islice(slots.coldest_first(scores), num_excess - len(given_back)):
-            self._evict(slot)
+        for victim in slots.coldest_first(scores)[: num_excess - len(given_back)]:
+            slot = self._evict(victim)
             slots.retire(slot)
             given_back.append(slot)
         return given_back

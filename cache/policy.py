@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 class Policy(Protocol):
     """Ranks the experts of every layer; the cache evicts the lowest of those that it may evict.
@@ -20,8 +17,8 @@ class Policy(Protocol):
         ``weights``, if known, says how much of each: router probabilities in decode, shares of the tokens in prefill.
         """
 
-    def scores(self, layer_idx: int) -> NDArray[np.float64]:
-        """Float64 [num_experts], higher stays longer; only the order means anything.
+    def scores(self, layer_idx: int) -> Sequence[float]:
+        """One number per expert, higher stays longer; only the order means anything.
 
         May be the policy's own state: valid until the next call, not to be written to.
         """

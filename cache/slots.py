@@ -1,11 +1,9 @@
 """The slots of one layer: which expert is in which, and what may happen to it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from enum import Enum
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import compress
 
 
 class SlotState(Enum):
@@ -36,8 +34,8 @@ class LayerSlots:
         self.slot_of = [-1] * num_experts
         self.state = [EMPTY] * num_slots
         self.pins = [0] * num_slots
-        self.expert_in: NDArray[np.int64] = np.full(num_slots, -1, dtype=np.int64)
-        self.evictable: NDArray[np.bool_] = np.zeros(num_slots, dtype=np.bool_)  # loaded and not pinned
+        self.expert_in = [-1] * num_slots
+        self.evictable = [False] * num_slots  # loaded and not pinned
         self.empty = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -54,13 +52,11 @@ class LayerSlots:
 
     def orphans(self) -> list[int]:
         """Experts that wait for their bytes while no step waits for them."""
-        return [int(self.expert_in[slot]) for slot in self.unused() if self.state[slot] is LOADING]
+        return [self.expert_in[slot] for slot in self.unused() if self.state[slot] is LOADING]
 
-    def coldest_first(self, scores: NDArray[np.float64]) -> Iterator[int]:
-        """The evictable slots, by the scores of their experts; of equals, the lower slot first."""
-        candidates = self.evictable.nonzero()[0]
-        order = scores[self.expert_in[candidates]].argsort(kind="stable")
-        return iter(candidates[order].tolist())
+    def coldest_first(self, scores: Sequence[float]) -> list[int]:
+        """The experts in evictable slots, by score; of equals, the one in the lower slot first."""
+        return sorted(compress(self.expert_in, self.evictable), key=scores.__getitem__)
 
     def pin(self, slot: int) -> None:
         self.evictable[slot] = False
@@ -82,14 +78,14 @@ class LayerSlots:
         self.state[slot] = LOADING
         self.slot_of[expert_idx] = slot
 
-    def evict(self, slot: int) -> int:
-        """Take an evictable slot from its expert, which is returned; the caller fills or retires the slot."""
-        victim = int(self.expert_in[slot])
-        self.slot_of[victim] = -1
+    def evict(self, expert_idx: int) -> int:
+        """Take its slot, an evictable one, from the expert; the caller fills or retires the slot, which is returned."""
+        slot = self.slot_of[expert_idx]
+        self.slot_of[expert_idx] = -1
         self.evictable[slot] = False
         self.state[slot] = EMPTY
         self.expert_in[slot] = -1
-        return victim
+        return slot
 
     def loaded(self, slot: int) -> None:
         self.state[slot] = LOADED
@@ -97,7 +93,7 @@ class LayerSlots:
 
     def failed(self, slot: int) -> None:
         """Take the slot from its expert: at once if nobody holds it, else when the last lease lets go."""
-        self.slot_of[int(self.expert_in[slot])] = -1
+        self.slot_of[self.expert_in[slot]] = -1
         self.evictable[slot] = False
         self.expert_in[slot] = -1
         if self.pins[slot]:
@@ -113,8 +109,8 @@ class LayerSlots:
         num_appended = len(added) - len(retired)
         self.state += [RETIRED] * num_appended
         self.pins += [0] * num_appended
-        self.expert_in = np.concatenate([self.expert_in, np.full(num_appended, -1, dtype=np.int64)])
-        self.evictable = np.concatenate([self.evictable, np.zeros(num_appended, dtype=np.bool_)])
+        self.expert_in += [-1] * num_appended
+        self.evictable += [False] * num_appended
         for slot in reversed(added):
             self._set_empty(slot)
         return added
@@ -132,7 +128,7 @@ class LayerSlots:
         resident = {slot: expert_idx for expert_idx, slot in enumerate(self.slot_of) if slot >= 0}
         num_numbers = len(self.state)
         self.pins = [pins[slot] for slot in range(num_numbers)]
-        self.expert_in = np.array([resident.get(slot, -1) for slot in range(num_numbers)], dtype=np.int64)
+        self.expert_in = [resident.get(slot, -1) for slot in range(num_numbers)]
         self.empty = []
         for slot in reversed(range(num_numbers)):
             if slot in resident or self.state[slot] is RETIRED:
@@ -141,7 +137,7 @@ class LayerSlots:
                 self.state[slot] = FAILED
             else:
                 self._set_empty(slot)
-        self.evictable = np.array([s is LOADED and not p for s, p in zip(self.state, self.pins, strict=True)])
+        self.evictable = [s is LOADED and not p for s, p in zip(self.state, self.pins, strict=True)]
 
     def check_integrity(self) -> None:
         """AssertionError if the slots contradict themselves."""
