@@ -1,0 +1,60 @@
+"""What a reader has done, counted by several threads."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class ReaderStats:
+    """Totals. ``read_s`` is the time in which at least one chunk was being read: bytes over it are the disk's rate."""
+
+    reads: int = 0
+    bytes_read: int = 0
+    read_s: float = 0.0
+    retries: int = 0
+    verified: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class ReaderCounters:
+    """The same, counting."""
+
+    def __init__(self) -> None:
+        """All zero."""
+        self._lock = threading.Lock()
+        self._totals = ReaderStats()
+        self._reading = 0
+        self._since_s = 0.0
+
+    def add(self, **counts: int) -> None:
+        """Add to the fields named."""
+        with self._lock:
+            totals = self._totals
+            self._totals = replace(totals, **{name: getattr(totals, name) + count for name, count in counts.items()})
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Counts the time of the block, once however many threads are in one."""
+        with self._lock:
+            if not self._reading:
+                self._since_s = time.perf_counter()
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                if not self._reading:
+                    self._totals = replace(self._totals, read_s=self._read_s())
+
+    def snapshot(self) -> ReaderStats:
+        """Totals so far."""
+        with self._lock:
+            return replace(self._totals, read_s=self._read_s()) if self._reading else self._totals
+
+    def _read_s(self) -> float:
+        return self._totals.read_s + time.perf_counter() - self._since_s
