@@ -1,0 +1,71 @@
+"""The dense weights of a pack, handed to transformers' loader tensor by tensor."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_offload.errors import PackCorruptError, SourceError
+from moe_offload.offload.pack_manifest import REPACK, PackManifest
+from moe_offload.offload.safetensors_file import check_dense_file
+from moe_offload.offload.shard_file import ShardFile
+
+
+class DenseSlice:
+    """A tensor on the disk; ``[...]`` reads it, as with a slice of safetensors."""
+
+    def __init__(self, file: ShardFile, key: str) -> None:
+        self._file, self._key = file, key
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        assert index is ..., "dense tensors are read whole"
+        return self._file.read(self._key)
+
+    def get_shape(self) -> list[int]:
+        """As safetensors' slices have it."""
+        return list(self._file.entries[self._key].shape)
+
+
+class DenseWeights(Mapping[str, DenseSlice]):
+    """All dense tensors of a pack by their names in the model's state dict."""
+
+    def __init__(self, folder: Path, manifest: PackManifest) -> None:
+        """Read the headers, nothing else."""
+        self._folder, self._manifest = folder, manifest
+        self._files: dict[str, ShardFile] = {}
+        for dense in manifest.dense:
+            try:
+                file = ShardFile(folder / dense.file)
+            except SourceError as error:
+                raise PackCorruptError(f"{error}; {REPACK}") from error
+            self._files |= dict.fromkeys(file, file)
+
+    def __getitem__(self, key: str) -> DenseSlice:
+        return DenseSlice(self._files[key], key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def check(self) -> None:
+        """Read the files once and compare their checksums; `PackCorruptError` names a damaged one."""
+        for dense in self._manifest.dense:
+            check_dense_file(self._folder, dense)
+
+    def resident_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes in memory when floating-point tensors are in ``dtype``; packed and integer ones stay as they are."""
+        total_bytes = 0
+        for key, file in self._files.items():
+            entry = file.entries[key]
+            itemsize = dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize
+            total_bytes += entry.size_bytes // entry.dtype.itemsize * itemsize
+        return total_bytes
+
+    def close(self) -> None:
+        """Close the files and let go of what the system cached of them."""
+        for file in set(self._files.values()):
+            file.forget()
+            file.close()

@@ -1,0 +1,137 @@
+"""One MoE layer at run time: which rows go to which expert, and the sum of what comes back, in router order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+
+from moe_offload.offload.expert_weights import ExpertWeights
+from moe_offload.offload.residency import Residency
+
+ExpertFn = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
+"""One expert's MLP: its weights and rows ``[rows, in]`` to ``[rows, out]``."""
+
+# Routed outputs [T, K, H] are held until they are summed in router order: a longer prompt goes through in pieces.
+ROUTED_BUFFER_BYTES = 64 << 20
+
+
+class Predictor(Protocol):
+    """Told what each layer's router chose, while the misses are on their way; may prefetch for later layers."""
+
+    def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
+
+
+@dataclass
+class StepState:
+    """What the layers of a model share during a forward pass."""
+
+    prefill: bool = False
+    predictor: Predictor | None = None
+
+
+class ExpertLayer:
+    """The experts of one container of the model."""
+
+    def __init__(self, layer_idx: int, num_experts: int, residency: Residency, step: StepState) -> None:
+        self.layer_idx = layer_idx
+        self.num_experts = num_experts
+        self._residency = residency
+        self._step = step
+
+    def for_each_expert(
+        self,
+        expert_ids: Sequence[int],
+        compute: Callable[[int, ExpertWeights], None],
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Call ``compute`` once for each expert as its weights become available, in no particular order."""
+        predictor = None if self._step.prefill else self._step.predictor
+        self._residency.run(
+            self.layer_idx,
+            expert_ids,
+            compute,
+            weights=weights,
+            prefill=self._step.prefill,
+            issued=partial(predictor.after_routing, self.layer_idx, expert_ids) if predictor else None,
+        )
+
+    def routed(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+    ) -> torch.Tensor:
+        """``sum_k weights[t, k] * expert[index[t, k]](x[t])`` for ``x [T, H]``, index and weights ``[T, K]``: ``[T, H]``.
+
+        An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
+        whatever order the experts' weights arrive in.
+        """
+        num_tokens, top_k = top_k_index.shape
+        chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
+        if num_tokens <= chunk_tokens:
+            return self._routed(hidden_states, top_k_index, top_k_weights, expert_fn)
+        pieces = [
+            self._routed(*(tensor[begin : begin + chunk_tokens] for tensor in inputs), expert_fn)
+            for inputs in [(hidden_states, top_k_index, top_k_weights)]
+            for begin in range(0, num_tokens, chunk_tokens)
+        ]
+        return torch.cat(pieces)
+
+    def _routed(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
+    ) -> torch.Tensor:
+        # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
+        num_tokens, top_k = top_k_index.shape
+        pairs_of, scores = self._assign(top_k_index, top_k_weights)
+        outputs: torch.Tensor | None = None
+        is_partial = sum(map(len, pairs_of.values())) < num_tokens * top_k
+
+        def compute(expert_idx: int, weights: ExpertWeights) -> None:
+            nonlocal outputs
+            pairs = pairs_of[expert_idx]
+            if num_tokens == 1:
+                result = expert_fn(weights, hidden_states)
+            else:
+                pairs = pairs if isinstance(pairs, torch.Tensor) else torch.tensor(pairs, device=hidden_states.device)
+                result = expert_fn(weights, hidden_states[pairs // top_k])
+            if outputs is None:
+                shape = (num_tokens * top_k, result.shape[-1])
+                outputs = result.new_zeros(shape) if is_partial else result.new_empty(shape)
+            outputs[pairs] = result
+
+        self.for_each_expert(list(pairs_of), compute, weights=scores)
+        if outputs is None:
+            return torch.zeros_like(hidden_states)
+        routed = outputs.view(num_tokens, top_k, -1).float()
+        top_k_weights = top_k_weights.float()
+        if is_partial:
+            top_k_weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0.0)
+        return torch.bmm(top_k_weights.unsqueeze(1), routed).squeeze(1).to(hidden_states.dtype)
+
+    def _assign(
+        self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> tuple[dict[int, list[int] | torch.Tensor], list[float]]:
+        """Expert -> its pairs ``t * K + k``, the experts with the largest weights first, and those summed weights."""
+        if top_k_index.shape[0] == 1:  # a decode step: few pairs, and tensors would cost more than they hold
+            pairs_of: dict[int, list[int] | torch.Tensor] = {}
+            index = top_k_index[0].tolist()
+            for pair, expert_idx in enumerate(index):
+                if expert_idx < self.num_experts:
+                    pairs_of.setdefault(expert_idx, []).append(pair)  # type: ignore[union-attr]
+            by_expert = dict(zip(index, top_k_weights[0].tolist(), strict=True))
+            return pairs_of, [by_expert[expert_idx] for expert_idx in pairs_of]
+        flat = top_k_index.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=self.num_experts)
+        totals = torch.bincount(flat, weights=top_k_weights.reshape(-1).double(), minlength=self.num_experts)
+        counts_list, totals_list = counts.tolist()[: self.num_experts], totals.tolist()
+        ends = [0]
+        for count in counts_list:
+            ends.append(ends[-1] + count)
+        touched = [expert_idx for expert_idx, count in enumerate(counts_list) if count]
+        touched.sort(key=lambda expert_idx: -totals_list[expert_idx])
+        return {e: order[ends[e] : ends[e + 1]] for e in touched}, [totals_list[e] for e in touched]

@@ -1,0 +1,209 @@
+"""One answer: transformers' ``generate`` with a clock, a stop switch and a report around it."""
+
+import copy
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from moe_offload.cache import StatsSnapshot
+from moe_offload.errors import ConfigError
+from moe_offload.offload.lookahead import Lookahead, LookaheadCounts
+from moe_offload.offload.reports import RunReport
+from moe_offload.offload.residency import Residency
+
+
+class _Clock(StoppingCriteria):
+    """Called after every token: notes the time, and stops when it is told to."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self.begin_s = time.perf_counter()
+        self.first_s = self.last_s = self.begin_s
+        self.num_tokens = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        self.last_s = time.perf_counter()
+        if self.num_tokens == 0:
+            self.first_s = self.last_s
+        self.num_tokens += 1
+        return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device)  # type: ignore[return-value]
+
+
+class Meter:
+    """What residency and lookahead have counted, and the difference between two moments."""
+
+    def __init__(self, residency: Residency, lookahead: Lookahead) -> None:
+        self._residency, self._lookahead = residency, lookahead
+
+    def read(self) -> tuple[StatsSnapshot, int, float, LookaheadCounts]:
+        """Cache counts, bytes read, stall and lookahead, now."""
+        residency = self._residency
+        return residency.cache.stats.snapshot(), residency.bytes_read, residency.stall_s, self._lookahead.counts
+
+    def since(self, earlier: tuple[StatsSnapshot, int, float, LookaheadCounts], **times: Any) -> RunReport:
+        """The figures of what has happened since ``earlier``, with the tokens and times given."""
+        snapshot, bytes_read, stall_s, lookahead = self.read()
+        counts = snapshot.diff(earlier[0])
+        return RunReport(
+            hits=counts.total.hits,
+            misses=counts.total.misses + counts.total.bypassed,
+            bytes_read=bytes_read - earlier[1],
+            stall_s=stall_s - earlier[2],
+            prefetch_issued=counts.prefetch.issued,
+            prefetch_used=counts.prefetch.used + counts.prefetch.late,
+            prefetch_wasted=counts.prefetch.wasted,
+            prefetch_recall=(lookahead - earlier[3]).recall,
+            **times,
+        )
+
+
+class _Streamer(TextIteratorStreamer):  # type: ignore[misc]
+    """Text as it is made; an error of the generating thread reaches the reader."""
+
+    def fail(self, error: BaseException) -> None:
+        self.text_queue.put(error)
+
+    def __next__(self) -> str:
+        value = self.text_queue.get()
+        if isinstance(value, BaseException):
+            raise value
+        if value == self.stop_signal:
+            raise StopIteration
+        return str(value)
+
+
+def sampling_config(
+    defaults: GenerationConfig,
+    *,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+) -> GenerationConfig:
+    """A generation config that samples at ``temperature``, or is greedy without one; `ConfigError` for bad values."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if temperature is not None and not 0 <= temperature <= 100:
+        raise ConfigError(f"temperature is {temperature}; it must be from 0 (greedy) to 100")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k is {top_k}; it must be 1 or more")
+    config = copy.deepcopy(defaults)
+    config.max_new_tokens, config.max_length = max_new_tokens, None
+    config.do_sample = bool(temperature)
+    config.temperature, config.top_p, config.top_k = (temperature, top_p, top_k) if temperature else (None, None, None)
+    config.min_p = config.typical_p = None
+    config.num_beams = 1
+    return config
+
+
+class Generator:
+    """Runs answers on a model one after the other, or several at once from several threads."""
+
+    def __init__(self, model: Any, tokenizer: Any, meter: Meter, *, context_tokens: int, chunk_tokens: int) -> None:
+        self._model, self._tokenizer, self._meter = model, tokenizer, meter
+        self._context_tokens, self._chunk_tokens = context_tokens, chunk_tokens
+        self._running: set[_Clock] = set()
+        self._lock = threading.Lock()
+        self.last_run: RunReport | None = None
+        self.prompt_tokens = self.new_tokens = 0
+        self.time_to_first_token_s = self.decode_s = 0.0
+
+    def stop(self) -> None:
+        """Every running answer ends after the token it is at."""
+        with self._lock:
+            for clock in self._running:
+                clock.stopped.set()
+
+    def text(self, inputs: Any, *, seed: int | None = None, **sampling: Any) -> str:
+        """The whole answer."""
+        output, prompt_tokens = self._run(inputs, seed, sampling, None, _Clock())
+        new_tokens = output[0] if self._model.config.is_encoder_decoder else output[0, prompt_tokens:]
+        text: str = self._tokenizer.decode(new_tokens, skip_special_tokens=True)
+        return text
+
+    def stream(
+        self, inputs: Any, *, skip_special_tokens: bool = True, seed: int | None = None, **sampling: Any
+    ) -> Iterator[str]:
+        """The answer in pieces of text. Leaving the iterator early stops it."""
+        streamer = _Streamer(
+            self._tokenizer,
+            skip_prompt=not self._model.config.is_encoder_decoder,
+            skip_special_tokens=skip_special_tokens,
+        )
+        clock = _Clock()
+
+        def generate() -> None:
+            try:
+                self._run(inputs, seed, sampling, streamer, clock)
+            except BaseException as error:
+                streamer.fail(error)
+
+        thread = threading.Thread(target=generate, name="moe-offload-generate", daemon=True)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            clock.stopped.set()
+            thread.join()
+
+    def _run(
+        self, inputs: Any, seed: int | None, sampling: dict[str, Any], streamer: Any, clock: _Clock
+    ) -> tuple[torch.Tensor, int]:
+        prompt_tokens = int(inputs["input_ids"].shape[1])
+        room_tokens = self._context_tokens - prompt_tokens
+        if room_tokens < 1:
+            raise ConfigError(
+                f"the prompt has {prompt_tokens} tokens, the context holds {self._context_tokens}; "
+                f"load the model with a longer --context (context_tokens)"
+            )
+        sampling["max_new_tokens"] = min(sampling["max_new_tokens"], room_tokens)
+        config = sampling_config(self._model.generation_config, **sampling)
+        if self._may_chunk(prompt_tokens):
+            config.prefill_chunk_size = self._chunk_tokens
+        with self._lock:
+            self._running.add(clock)
+        earlier = self._meter.read()
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            with torch.inference_mode():
+                output: torch.Tensor = self._model.generate(
+                    **inputs.to(self._model.device),
+                    generation_config=config,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                )
+            return output, prompt_tokens
+        finally:
+            self._report(clock, prompt_tokens, earlier)
+
+    def _may_chunk(self, prompt_tokens: int) -> bool:
+        """A long prompt goes through in pieces, unless the model carries a state that its pieces would not pass on."""
+        model = self._model
+        return (
+            prompt_tokens > self._chunk_tokens
+            and not model.config.is_encoder_decoder
+            and not getattr(model, "_is_stateful", False)
+        )
+
+    def _report(self, clock: _Clock, prompt_tokens: int, earlier: Any) -> None:
+        with self._lock:
+            self._running.discard(clock)
+            report = self._meter.since(
+                earlier,
+                prompt_tokens=prompt_tokens,
+                new_tokens=clock.num_tokens,
+                time_to_first_token_s=clock.first_s - clock.begin_s,
+                decode_s=clock.last_s - clock.first_s,
+            )
+            self.last_run = report
+            self.prompt_tokens += report.prompt_tokens
+            self.new_tokens += report.new_tokens
+            self.time_to_first_token_s += report.time_to_first_token_s
+            self.decode_s += report.decode_s

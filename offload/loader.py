@@ -1,0 +1,100 @@
+"""From a pack to a transformers model whose experts are fetched when they are needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from moe_offload.cache import ExpertCache
+from moe_offload.errors import ConfigError, PackCorruptError
+from moe_offload.offload.compute_tier import ComputeTier
+from moe_offload.offload.dense_linears import replace_packed_linears
+from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.expert_containers import ExpertContainer, find_expert_containers
+from moe_offload.offload.expert_forwards import IMPLEMENTATION, install_expert_layer, strip_parameters
+from moe_offload.offload.expert_layer import ExpertLayer, StepState
+from moe_offload.offload.pack_manifest import REPACK, PackManifest
+from moe_offload.offload.residency import Residency
+from moe_offload.offload.transformers_loading import build_model
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that runs on a pack."""
+
+    model: Any
+    residency: Residency
+    step: StepState
+
+
+def _check_containers(containers: Sequence[ExpertContainer], manifest: PackManifest) -> None:
+    """The model that transformers builds has the layers that the pack was made for."""
+    found = [(container.name, container.num_experts) for container in containers]
+    packed = [(layer.module, layer.num_experts) for layer in manifest.layers]
+    if found != packed:
+        odd = next((a, b) for a, b in zip([*found, None], [*packed, None], strict=False) if a != b)
+        raise PackCorruptError(
+            f"the model has expert layer {odd[0]}, the pack has {odd[1]}: it was made for another model "
+            f"or another version of transformers; {REPACK}"
+        )
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
+    raise ConfigError(
+        "save_pretrained is refused: the experts are not in the model but in the pack, so a part of a model would be "
+        "written; copy the pack's folder, or save the checkpoint it was made from"
+    )
+
+
+def _track_phase(model: nn.Module, step: StepState) -> None:
+    """Tell the experts whether a forward pass is a prompt: more tokens of a sequence than drafts would bring."""
+    longest_draft_tokens = 16
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        decoder_ids = kwargs.get("decoder_input_ids")
+        ids = ids if decoder_ids is None or kwargs.get("encoder_outputs") is None else decoder_ids
+        step.prefill = isinstance(ids, torch.Tensor) and ids.dim() > 1 and ids.shape[1] > longest_draft_tokens
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def load_model(
+    folder: str,
+    config: Any,
+    manifest: PackManifest,
+    dense: DenseWeights,
+    *,
+    cache: ExpertCache,
+    tier: ComputeTier,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadedModel:
+    """Build the model with its dense weights; its experts come from ``tier`` as ``cache`` decides."""
+    residency = Residency(cache, tier)
+    step = StepState()
+    containers: list[ExpertContainer] = []
+
+    def prepare(model: Any) -> Mapping[str, Any]:
+        containers.extend(find_expert_containers(model))
+        _check_containers(containers, manifest)
+        renamed = replace_packed_linears(model, manifest.dense_format)
+        for container in containers:
+            strip_parameters(container)
+            # Its own initialisation would reach for the experts' parameters.
+            model.get_submodule(container.name.rpartition(".")[0])._is_hf_initialized = True
+        stored = {name: key for name, key in renamed.items() if key in dense}
+        plain = {key: dense[key] for key in dense if key not in stored.values()}
+        return plain | {name: dense[key] for name, key in stored.items()}
+
+    model = build_model(folder, config, dtype=dtype, device=device, implementation=IMPLEMENTATION, prepare=prepare)
+    for layer_idx, container in enumerate(containers):
+        install_expert_layer(container, ExpertLayer(layer_idx, container.num_experts, residency, step))
+    missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if missing:
+        raise PackCorruptError(f"the pack lacks {len(missing)} dense weights, first {missing[0]}; {REPACK}")
+    model.save_pretrained = _refuse_saving
+    _track_phase(model, step)
+    return LoadedModel(model, residency, step)

@@ -1,0 +1,161 @@
+"""Router lookahead: later layers' routers, asked now, tell what to prefetch.
+
+A residual stream changes little from one layer to the next, so a later layer's norm and router, applied to this
+layer's residual, mostly choose what they will choose when their turn comes (Eliseev and Mazur 2023, arXiv 2312.17238).
+Which norm feeds which router is found out during the first forward pass, by the storage that one hands to the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_offload.offload.residency import Residency
+
+_ROUTER_NAMES = ("gate", "router")
+# A step of more rows than this is a prompt or a large batch: it touches most experts, so there is nothing to predict.
+MAX_PREDICTED_ROWS = 8
+
+
+@dataclass
+class _RouterSite:
+    """A layer's router, the norm before it, and what they were given last."""
+
+    router: Any
+    num_experts: int
+    top_k: int
+    norm: Any = None
+    residual: torch.Tensor | None = None
+    takes_rows: bool = True  # the router's input is [T, H]; else [B, S, H]
+
+    def predict(self, residual: torch.Tensor) -> torch.Tensor | None:
+        """The experts ``[T, K]`` that this router would choose for another layer's residual ``[B, S, H]``."""
+        normed = self.norm.forward(residual)
+        if self.takes_rows:
+            normed = normed.reshape(-1, residual.shape[-1])
+        output = self.router.forward(normed)  # past the hooks: recorders must not see a guess
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
+        for value in tensors:
+            if not value.is_floating_point() and value.shape[-1] == self.top_k:
+                return value
+        for value in reversed(tensors):
+            if value.shape[-1] == self.num_experts:
+                return value.reshape(-1, self.num_experts).topk(self.top_k).indices
+        return None
+
+
+@dataclass(frozen=True)
+class LookaheadCounts:
+    """Experts that were predicted, chosen, and both."""
+
+    predicted: int = 0
+    chosen: int = 0
+    right: int = 0
+
+    @property
+    def recall(self) -> float:
+        """Share of the chosen experts that were predicted; 0 without any."""
+        return self.right / self.chosen if self.chosen else 0.0
+
+    def __sub__(self, earlier: "LookaheadCounts") -> "LookaheadCounts":
+        return LookaheadCounts(
+            self.predicted - earlier.predicted, self.chosen - earlier.chosen, self.right - earlier.right
+        )
+
+
+class Lookahead:
+    """Predicts and prefetches the experts of the next ``depth`` layers. A prediction never touches the result."""
+
+    def __init__(self, model: nn.Module, modules: Sequence[str], top_k: Sequence[int], residency: Residency) -> None:
+        """``modules``: the names of the expert containers in layer order; routers are sought beside them."""
+        self.depth = 0
+        self.counts = LookaheadCounts()
+        self._residency = residency
+        self._predicted: dict[int, set[int]] = {}
+        self._sites: dict[int, _RouterSite] = {}
+        for layer_idx, name in enumerate(modules):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            router = next((r for n in _ROUTER_NAMES if isinstance(r := getattr(parent, n, None), nn.Module)), None)
+            num_experts = getattr(model.get_submodule(name), "num_experts", 0)
+            if router is not None:
+                self._sites[layer_idx] = _RouterSite(router, num_experts, top_k[layer_idx])
+        self._probes: list[RemovableHandle] = []
+        self._norm_at: dict[int, Any] = {}
+        self._kept: list[torch.Tensor] = []
+        self._begin_probe(model)
+
+    @property
+    def num_sites(self) -> int:
+        """Layers whose router can be asked ahead of time (known after the first forward pass)."""
+        return sum(site.norm is not None for site in self._sites.values())
+
+    # -- the first forward pass --
+
+    def _begin_probe(self, model: nn.Module) -> None:
+        def norm_done(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                self._norm_at[output.data_ptr()] = module
+                self._kept.append(output)  # kept alive, so that no later tensor has its address
+
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower():
+                self._probes.append(module.register_forward_hook(norm_done))
+        for site in self._sites.values():
+
+            def router_called(module: nn.Module, args: tuple[Any, ...], site: _RouterSite = site) -> None:
+                if len(args) == 1 and isinstance(args[0], torch.Tensor):  # what else it needs is not known ahead
+                    site.norm = self._norm_at.get(args[0].data_ptr())
+                    site.takes_rows = args[0].dim() == 2
+
+            self._probes.append(site.router.register_forward_pre_hook(router_called))
+        self._probes.append(model.register_forward_hook(lambda *_: self._end_probe()))
+
+    def _end_probe(self) -> None:
+        for probe in self._probes:
+            probe.remove()
+        self._probes.clear()
+        self._norm_at.clear()
+        self._kept.clear()
+        for site in self._sites.values():
+            if site.norm is not None:
+                site.norm.register_forward_pre_hook(self._residual_recorder(site))
+
+    def _residual_recorder(self, site: _RouterSite) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            site.residual = args[0] if self.depth and args else None
+
+        return record
+
+    # -- every decode step --
+
+    @torch.no_grad()
+    def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """Compare with what was predicted for this layer, then predict and prefetch for the next ones."""
+        predicted = self._predicted.pop(layer_idx, None)
+        if predicted is not None:
+            self._residency.cancel_prefetches(layer_idx, expert_ids)
+            self.counts = LookaheadCounts(
+                self.counts.predicted + len(predicted),
+                self.counts.chosen + len(expert_ids),
+                self.counts.right + len(predicted & set(expert_ids)),
+            )
+        site = self._sites.get(layer_idx)
+        if not self.depth or site is None or site.residual is None:
+            return
+        residual = site.residual
+        if residual.shape[:-1].numel() > MAX_PREDICTED_ROWS:
+            return
+        for ahead in range(1, self.depth + 1):
+            target = self._sites.get(layer_idx + ahead)
+            if target is None or target.norm is None or layer_idx + ahead in self._predicted:
+                continue
+            index = target.predict(residual)
+            if index is None:
+                continue
+            chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < target.num_experts]
+            self._predicted[layer_idx + ahead] = set(chosen)
+            self._residency.prefetch(layer_idx + ahead, chosen)

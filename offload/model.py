@@ -1,0 +1,314 @@
+"""`OffloadedModel`: what a Python user holds."""
+
+from collections.abc import Callable, Iterator
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from moe_offload.cache import ExpertCache, policy_names
+from moe_offload.errors import ConfigError
+from moe_offload.offload.cpu_tier import CpuTier
+from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.generation import Generator, Meter
+from moe_offload.offload.loader import LoadedModel, load_model
+from moe_offload.offload.lookahead import Lookahead
+from moe_offload.offload.memory import ram_budget_bytes, ram_memory, vram_budget_bytes, vram_memory
+from moe_offload.offload.pack_manifest import PackManifest, is_pack, read_manifest
+from moe_offload.offload.packer import pack_model
+from moe_offload.offload.plan import Plan, make_plan
+from moe_offload.offload.prefetch_tuning import PrefetchSwitch, parse_prefetch
+from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
+from moe_offload.offload.reader import ExpertReader
+from moe_offload.offload.reports import RunReport
+from moe_offload.offload.workspace import experts_per_token
+
+VERIFY_MODES = ("first", "always", "off")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"{name!r} is not a device; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this machine, or this build of torch, has no CUDA device; use --device cpu")
+    return device
+
+
+def _dtype(name: str | torch.dtype, config: Any) -> torch.dtype:
+    """The dtype of the dense weights and of the activations; ``auto`` is the checkpoint's."""
+    if name == "auto":
+        name = config.dtype or torch.bfloat16
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype {name!r} is not supported; use auto, float32, bfloat16 or float16")
+    return found
+
+
+class OffloadedModel:
+    """A mixture-of-experts model under a memory budget.
+
+    ``model`` is a transformers model and can be used as one; ``tokenizer`` is its tokenizer, or None if the checkpoint
+    has none. Use as a context manager, or `close` it.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokenizer: Any,
+        plan: Plan,
+        manifest: PackManifest,
+        *,
+        prefetch: str | int,
+        top_k: int,
+    ) -> None:
+        """For `from_pretrained`."""
+        self.model, self.tokenizer = loaded.model, tokenizer
+        self.plan, self.manifest = plan, manifest
+        self._residency = loaded.residency
+        modules = [layer.module for layer in manifest.layers]
+        lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
+        loaded.step.predictor = lookahead
+        PrefetchSwitch(self.model, loaded.step, lookahead, prefetch)
+        self._meter = Meter(loaded.residency, lookahead)
+        self._loaded_at = self._meter.read()
+        self._generator = Generator(
+            self.model,
+            tokenizer,
+            self._meter,
+            context_tokens=plan.context_tokens,
+            chunk_tokens=plan.prefill_chunk_tokens,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | PathLike[str],
+        *,
+        device: str = "auto",
+        vram: str | int = "auto",
+        ram: str | int = "auto",
+        format: str = "auto",
+        dense_format: str = "source",
+        dtype: str | torch.dtype = "auto",
+        context_tokens: int = 4096,
+        policy: str = "lru",
+        prefetch: str | int = "auto",
+        verify: str = "first",
+        revision: str | None = None,
+        token: str | None = None,
+        pack_dir: str | PathLike[str] | None = None,
+        on_progress: ProgressSink | None = None,
+        on_plan: Callable[[Plan], None] | None = None,
+    ) -> Self:
+        """Load ``model``: a pack, a checkpoint folder or a hub id (both packed first, once, into ``pack_dir``).
+
+        ``vram`` and ``ram`` bound what is allocated there: bytes, "6GiB", "80%" or "auto" (what is free, less a
+        margin). ``format`` and ``dense_format`` say how a checkpoint is packed; a pack has its own. ``prefetch`` is
+        "off", "auto" or the number of layers to look ahead; it never changes the result, and neither do budgets and
+        policies. ``verify``: check an expert's checksum on its "first" read, "always" or "off".
+
+        Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
+        `SourceError`, `UnsupportedModelError`, `PackError`.
+        """
+        if policy not in policy_names():
+            raise ConfigError(f"no policy {policy!r}; there are: {', '.join(policy_names())}")
+        if verify not in VERIFY_MODES:
+            raise ConfigError(f"verify is {verify!r}; use {', '.join(VERIFY_MODES)}")
+        if context_tokens < 1:
+            raise ConfigError(f"context_tokens is {context_tokens}; it must be 1 or more")
+        depth = parse_prefetch(prefetch)
+        torch_device = _device(device)
+        folder = Path(model).expanduser()
+        if not is_pack(folder):
+            folder = pack_model(
+                str(model),
+                Path(pack_dir) if pack_dir is not None else None,
+                format=format,
+                dense_format=dense_format,
+                revision=revision,
+                token=token,
+                progress=on_progress or NULL_PROGRESS,
+            )
+        manifest = read_manifest(folder)
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        torch_dtype = _dtype(dtype, config)
+        dense = DenseWeights(folder, manifest)
+        try:
+            top_k = experts_per_token(config.get_text_config(decoder=True))
+            plan = make_plan(
+                manifest,
+                config,
+                device=torch_device.type,  # type: ignore[arg-type]
+                ram_bytes=ram_budget_bytes(ram, ram_memory()),
+                vram_bytes=_vram_bytes(vram, torch_device),
+                context_tokens=context_tokens,
+                dtype_bytes=torch_dtype.itemsize,
+                top_k_per_layer=[top_k] * len(manifest.layers),
+                prefetch_depth=depth,
+                resident_dense_bytes=dense.resident_bytes(torch_dtype),
+            )
+            if on_plan is not None:
+                on_plan(plan)
+            if verify != "off":
+                dense.check()
+            cache = ExpertCache(
+                plan.num_experts,
+                plan.num_slots,
+                policy,
+                floors=[min(top_k, num_experts) for num_experts in plan.num_experts],
+            )
+            reader = ExpertReader(manifest, folder, verify=verify)  # type: ignore[arg-type]
+            tier = CpuTier(manifest, reader, num_slots=plan.num_slots, num_staging_slots=plan.staging_slots)
+            try:
+                loaded = load_model(
+                    str(folder), config, manifest, dense, cache=cache, tier=tier, dtype=torch_dtype, device=torch_device
+                )
+            except BaseException:
+                tier.close()
+                raise
+        finally:
+            dense.close()
+        return cls(loaded, _tokenizer(folder), plan, manifest, prefetch=prefetch, top_k=top_k)
+
+    # -- text --
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """Continue ``prompt``; greedy without a temperature. Stops at the model's end token or a full context."""
+        return self._generator.text(
+            self._encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """As `generate`, in pieces as they are made; leaving the iterator stops the generation."""
+        return self._generator.stream(
+            self._encode(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+        )
+
+    def chat(self, messages: list[dict[str, str]], **sampling: Any) -> str:
+        """The answer to a conversation of ``{"role": ..., "content": ...}``, by the tokenizer's chat template.
+
+        ``sampling`` as in `generate`.
+        """
+        return self._generator.text(self._encode_chat(messages), **({"max_new_tokens": 256} | _sampling(sampling)))
+
+    def stream_chat(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        """As `chat`, in pieces as they are made."""
+        return self._generator.stream(self._encode_chat(messages), **({"max_new_tokens": 256} | _sampling(sampling)))
+
+    def stop(self) -> None:
+        """End every running generation after the token it is at; from any thread."""
+        self._generator.stop()
+
+    def _encode(self, prompt: str) -> Any:
+        if self.tokenizer is None:
+            raise ConfigError("the model came without a tokenizer; call .model.generate with token ids")
+        inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        if inputs["input_ids"].shape[1] == 0:
+            raise ConfigError("the prompt is empty")
+        return inputs
+
+    def _encode_chat(self, messages: list[dict[str, str]]) -> Any:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ConfigError("the model has no chat template: it is not made for chat; use generate (--raw)")
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
+    # -- figures --
+
+    @property
+    def last_run(self) -> RunReport | None:
+        """The figures of the last answer."""
+        return self._generator.last_run
+
+    @property
+    def stats(self) -> RunReport:
+        """The figures of everything since the model was loaded (tokens and times of this object's answers only)."""
+        generator = self._generator
+        return self._meter.since(
+            self._loaded_at,
+            prompt_tokens=generator.prompt_tokens,
+            new_tokens=generator.new_tokens,
+            time_to_first_token_s=generator.time_to_first_token_s,
+            decode_s=generator.decode_s,
+        )
+
+    # -- life --
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, with the reason."""
+        self.model.save_pretrained(*args, **kwargs)
+
+    def close(self) -> None:
+        """Stop transfers and free the slots. The model cannot run afterwards."""
+        self.stop()
+        self._residency.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _sampling(arguments: dict[str, Any]) -> dict[str, Any]:
+    known = {"max_new_tokens", "temperature", "top_p", "top_k", "seed"}
+    if unknown := sorted(set(arguments) - known):
+        raise ConfigError(f"unknown arguments {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return {"temperature": None, "top_p": None, "top_k": None} | arguments
+
+
+def _vram_bytes(vram: str | int, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    memory = vram_memory(device.index or 0)
+    assert memory is not None, "a CUDA device was found before"
+    return vram_budget_bytes(vram, memory)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of the pack, or None where the checkpoint had none."""
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(folder)

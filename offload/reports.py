@@ -1,0 +1,40 @@
+"""Figures of what a model has done: one answer, or all since it was loaded."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Counts and times; ``hits`` and ``misses`` are experts asked for by layers, misses include those without a slot.
+
+    ``stall_s`` is the time in which nothing was computed because an expert was awaited.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    time_to_first_token_s: float = 0.0
+    decode_s: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    prefetch_issued: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
+    prefetch_recall: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed: the tokens after the first, by the time they took."""
+        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else 0.0
+
+    @property
+    def hit_ratio(self) -> float:
+        """Share of the experts asked for that were resident or on their way; 0 if none was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures by name, the derived ones too."""
+        return asdict(self) | {"tokens_per_s": self.tokens_per_s, "hit_ratio": self.hit_ratio}
