@@ -37,7 +37,7 @@ class Checkpoint:
         for key in shards.shard_of:
             self._members[codec.plain_key(key) if codec else key].append(key)
 
-    def keys(self) -> list[str]:
+    def plain_keys(self) -> list[str]:
         """Plain names, in natural order."""
         return sorted(self._members, key=dot_natural_key)
 
@@ -209,18 +209,17 @@ def plan_conversion(skeleton: Skeleton, containers: list[ExpertContainer], check
     state = model.state_dict()
     by_pattern = {pattern: converter for converter in skeleton.converters for pattern in converter.source_patterns}
     expert_sources: dict[str, ExpertParamSource] = {}
-    experts = []
+    experts: list[list[ExpertParamSource]] = []
     for container in containers:
-        sources = []
-        for param in container.params:
-            source = ExpertParamSource(param, container.num_experts, ParamSource(param.target))
-            targets = [param.target.format(expert=expert_idx) for expert_idx in range(container.num_experts)]
-            expert_sources |= dict.fromkeys(targets, source)
-            sources.append(source)
-        experts.append(sources)
+        experts.append(
+            [ExpertParamSource(param, container.num_experts, ParamSource(param.target)) for param in container.params]
+        )
+        for expert_source in experts[-1]:
+            for expert_idx in range(container.num_experts):
+                expert_sources[expert_source.param.target.format(expert=expert_idx)] = expert_source
     dense: dict[str, ParamSource] = {}
     unused = []
-    for key in checkpoint.keys():
+    for key in checkpoint.plain_keys():
         target, pattern = rename_source_key(
             key, skeleton.renamings, skeleton.converters, model.base_model_prefix, state
         )

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KMEANS_STARTS = 8  # the best is kept: one start often merges two clusters
 KMEANS_STEPS = 25
 BALANCE_STEPS = 200
 FIRST_CHOICE_WEIGHT = 0.7  # mean weight of the first of two experts, about that of a trained Mixtral
@@ -26,16 +27,30 @@ def fit_router(states: Tensor, *, num_experts: int, top_k: int, seed: int) -> Te
 
 
 def _kmeans(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """Centroids ``[E, H]`` of points ``[T, H]``: k-means++ seeding, then Lloyd's iterations."""
-    centroids = points[torch.randint(len(points), (1,), generator=generator)]
-    while len(centroids) < num_clusters:
-        distances = torch.cdist(points, centroids).square().amin(1)
-        centroids = torch.cat([centroids, points[torch.multinomial(distances, 1, generator=generator)]])
+    """Centroids ``[E, H]`` of points ``[T, H]``: the best of several starts of Lloyd's algorithm."""
+    starts = [_lloyd(points, _spread_points(points, num_clusters, generator)) for _ in range(KMEANS_STARTS)]
+    return min(starts, key=lambda centroids: _square_distances(points, centroids).amin(1).sum().item())
+
+
+def _spread_points(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Points to start from, each drawn with a chance that grows with its distance from the others (k-means++)."""
+    chosen = points[torch.randint(len(points), (1,), generator=generator)]
+    while len(chosen) < num_clusters:
+        distances = _square_distances(points, chosen).amin(1)
+        chosen = torch.cat([chosen, points[torch.multinomial(distances, 1, generator=generator)]])
+    return chosen
+
+
+def _lloyd(points: Tensor, centroids: Tensor) -> Tensor:
     for _ in range(KMEANS_STEPS):
-        member = F.one_hot(torch.cdist(points, centroids).argmin(1), num_clusters).to(points)
+        member = F.one_hot(_square_distances(points, centroids).argmin(1), len(centroids)).to(points)
         counts = member.sum(0)[:, None]
         centroids = torch.where(counts > 0, member.T @ points / counts.clamp(min=1), centroids)
     return centroids
+
+
+def _square_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    return torch.cdist(points, centroids).square()
 
 
 def _constant_direction(states: Tensor) -> Tensor:

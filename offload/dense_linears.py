@@ -68,11 +68,11 @@ def replace_packed_linears(model: nn.Module, dense_format: str) -> dict[str, str
     renamed: dict[str, str] = {}
     for module_name, module in list(model.named_modules()):
         spec = dense_linear_format(model, f"{module_name}.weight", dense_format)
-        if spec is None:
+        if spec is None or not isinstance(module, nn.Linear):
             continue
         parent_name, _, child = module_name.rpartition(".")
-        replacement = PackedLinear(module, spec)  # type: ignore[arg-type]
+        replacement = PackedLinear(module, spec)
         replacement._is_hf_initialized = True  # type: ignore[assignment]
-        setattr(model.get_submodule(parent_name), child, replacement)
+        model.get_submodule(parent_name).register_module(child, replacement)
         renamed[f"{module_name}.packed"] = f"{module_name}.weight"
     return renamed

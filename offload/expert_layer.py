@@ -65,7 +65,7 @@ class ExpertLayer:
         top_k_weights: torch.Tensor,
         expert_fn: ExpertFn,
     ) -> torch.Tensor:
-        """``sum_k weights[t, k] * expert[index[t, k]](x[t])`` for ``x [T, H]``, index and weights ``[T, K]``: ``[T, H]``.
+        """``sum_k weights[t, k] * expert[index[t, k]](x[t])``: ``x [T, H]``, index and weights ``[T, K]`` to ``[T, H]``.
 
         An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
         whatever order the experts' weights arrive in.
@@ -74,12 +74,10 @@ class ExpertLayer:
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
         if num_tokens <= chunk_tokens:
             return self._routed(hidden_states, top_k_index, top_k_weights, expert_fn)
-        pieces = [
-            self._routed(*(tensor[begin : begin + chunk_tokens] for tensor in inputs), expert_fn)
-            for inputs in [(hidden_states, top_k_index, top_k_weights)]
-            for begin in range(0, num_tokens, chunk_tokens)
-        ]
-        return torch.cat(pieces)
+        chunks = [torch.split(tensor, chunk_tokens) for tensor in (hidden_states, top_k_index, top_k_weights)]
+        return torch.cat(
+            [self._routed(x, index, weights, expert_fn) for x, index, weights in zip(*chunks, strict=True)]
+        )
 
     def _routed(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn

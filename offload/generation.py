@@ -16,7 +16,7 @@ from moe_offload.offload.reports import RunReport
 from moe_offload.offload.residency import Residency
 
 
-class _Clock(StoppingCriteria):
+class _Clock(StoppingCriteria):  # type: ignore[misc]
     """Called after every token: notes the time, and stops when it is told to."""
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class _Clock(StoppingCriteria):
         self.first_s = self.last_s = self.begin_s
         self.num_tokens = 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.last_s = time.perf_counter()
         if self.num_tokens == 0:
             self.first_s = self.last_s
         self.num_tokens += 1
-        return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device)  # type: ignore[return-value]
+        return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device)
 
 
 class Meter:

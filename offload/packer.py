@@ -41,6 +41,9 @@ def _raw_format(dtype: torch.dtype, name: str) -> str:
     return _RAW_FORMATS[dtype]
 
 
+_Part = tuple[str, tuple[int, ...], str, int]  # name, shape, format, bytes
+
+
 @dataclass(frozen=True)
 class _PartPlan:
     """How one parameter becomes parts: a single one, or the pieces of a quantised source that keep their bits."""
@@ -62,18 +65,20 @@ def _exact_pieces(plan: ConversionPlan, source: ExpertParamSource, expert_format
 
 def _plan_parts(plan: ConversionPlan, layer_idx: int, expert_format: str) -> tuple[list[_PartPlan], LayerLayout]:
     """Layout of one layer's experts. Pieces of a fused parameter are parts ``name#0``, ``name#1``, stacked by rows."""
-    described: list[tuple[ExpertParamSource, bool, list[tuple[str, tuple[int, ...], str, int]]]] = []
+    described: list[tuple[ExpertParamSource, bool, list[_Part]]] = []
     for source in plan.experts[layer_idx]:
         param = source.param
         pieces = _exact_pieces(plan, source, expert_format)
         if pieces is not None:
             names = [param.part] if len(pieces) == 1 else [f"{param.part}#{i}" for i in range(len(pieces))]
-            parts = [(name, p.shape, p.format, p.data.numel()) for name, p in zip(names, pieces, strict=True)]
+            parts: list[_Part] = [
+                (name, piece.shape, piece.format, piece.data.numel()) for name, piece in zip(names, pieces, strict=True)
+            ]
         else:
             is_weight = len(param.shape) > 1 and expert_format != SOURCE
             spec = expert_format if is_weight else _raw_format(source.dtype(plan.checkpoint), param.target)
             parts = [(param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape))]
-        described.append((source, pieces is not None, [(n, tuple(shape), f, size) for n, shape, f, size in parts]))
+        described.append((source, pieces is not None, parts))
     container = plan.containers[layer_idx]
     every_part = [part for _, _, parts in described for part in parts]
     layout = LayerLayout.of(container.name, container.num_experts, every_part)
@@ -107,10 +112,8 @@ def _build_expert(plan: ConversionPlan, planned: list[_PartPlan], slot_bytes: in
 
 def _source_bytes(plan: ConversionPlan, layer_idx: int) -> int:
     """Bytes of one expert of a layer, unquantised."""
-    return sum(
-        torch.Size(source.param.shape).numel() * source.dtype(plan.checkpoint).itemsize
-        for source in plan.experts[layer_idx]
-    )
+    num_weights = sum(torch.Size(source.param.shape).numel() for source in plan.experts[layer_idx])
+    return num_weights * int(plan.skeleton.model.dtype.itemsize)
 
 
 def _write_layer(
@@ -126,7 +129,7 @@ def _write_layer(
                 building.append(pool.submit(_build_expert, plan, planned, layout.slot_bytes, expert_idx))
             if expert_idx >= ahead - 1 and building:
                 blob = building.pop(0).result()
-                layer.write_expert(expert_idx - ahead + 1, memoryview(blob.numpy()))
+                layer.write_expert(expert_idx - ahead + 1, blob.numpy().data)
                 progress.advance(expert_bytes)
 
 
@@ -143,9 +146,9 @@ def _write_dense(
             for key, value in plan.read_dense(plan.dense[index]).items():
                 spec = dense_linear_format(plan.skeleton.model, key, dense_format)
                 data = value.contiguous() if spec is None else get_format(spec).quantize(value)
-                raw = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+                raw = data.reshape(-1).view(torch.uint8).numpy().data
                 yield key, DTYPE_NAMES[data.dtype], tuple(data.shape), raw
-                progress.advance(value.numel() * value.element_size())
+                progress.advance(value.numel() * int(plan.skeleton.model.dtype.itemsize))
 
     writer.dense_file(name, tensors())
 
@@ -202,14 +205,10 @@ def plan_packing(source: CheckpointSource) -> ConversionPlan:
 
 
 def _total_bytes(plan: ConversionPlan) -> int:
-    """Bytes of the model unquantised, for the progress bar."""
-    experts = sum(
-        _source_bytes(plan, layer_idx) * container.num_experts for layer_idx, container in enumerate(plan.containers)
-    )
-    state = plan.skeleton.model.state_dict()
-    return experts + sum(
-        state[source.target].numel() * plan.checkpoint.dtype(source.all_keys()[0]).itemsize for source in plan.dense
-    )
+    """Bytes of the model unquantised, for the progress bar: from its shapes, since shards may not be here yet."""
+    model = plan.skeleton.model
+    num_weights: int = sum(param.numel() for param in model.parameters())
+    return num_weights * int(model.dtype.itemsize)
 
 
 def pack_model(

@@ -91,7 +91,7 @@ class ShardFile:
         return TensorEntry(dtype, shape, data_start + begin, end - begin)  # type: ignore[has-type]
 
     def read(self, key: str, rows: slice | None = None) -> torch.Tensor:
-        """A fresh tensor with all of ``key``, or with the leading ``rows`` (contiguous, of a tensor with a dimension)."""
+        """A fresh tensor with all of ``key``, or with contiguous rows of its first dimension."""
         entry = self.entries[key]
         shape, offset_bytes, size_bytes = entry.shape, entry.offset_bytes, entry.size_bytes
         if rows is not None:
@@ -102,7 +102,7 @@ class ShardFile:
             offset_bytes, size_bytes = offset_bytes + first * row_bytes, (last - first) * row_bytes
         # Read as bytes and viewed: numpy, which offers the buffer, has no bfloat16 or float8.
         data = torch.empty(size_bytes, dtype=torch.uint8)
-        self._pread_into(memoryview(data.numpy()), offset_bytes, key)
+        self._pread_into(memoryview(data.numpy().data), offset_bytes, key)
         return data.view(entry.dtype).reshape(shape) if size_bytes else torch.empty(shape, dtype=entry.dtype)
 
     def _pread_into(self, memory: memoryview, offset_bytes: int, key: str) -> None:

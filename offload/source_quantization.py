@@ -65,7 +65,7 @@ class Fp8Codec:
             raise UnsupportedQuantizationError(
                 f"{key} is {codes.dtype} with {codes.dim()} dimensions: only 2-D float8_e4m3fn blocks are read"
             )
-        block = self._block if self._block[0] else tuple(codes.shape)
+        block = self._block if self._block[0] else (codes.shape[0], codes.shape[1])
         return codes, scales.float().reshape(-(-codes.shape[0] // block[0]), -(-codes.shape[1] // block[1])), block
 
     def decode(self, key: str, rows: slice | None) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Mxfp4Codec:
 
 
 class Bnb4Codec:
-    """bitsandbytes 4-bit: ``X.weight`` packed, with ``X.weight.absmax``, ``.quant_state.bitsandbytes__nf4`` and others."""
+    """bitsandbytes 4-bit: ``X.weight`` packed, and beside it ``X.weight.absmax``, ``X.weight.quant_state...`` and others."""
 
     MARKS = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 

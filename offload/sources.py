@@ -1,7 +1,6 @@
 """Where a model comes from: a folder, or a hub id."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -103,7 +102,7 @@ class HubSource:
     @property
     def fingerprint(self) -> str:
         """Of the id and the commit."""
-        return xxhash.xxh3_64(f"{self.name}@{self.revision}").hexdigest()
+        return xxhash.xxh3_64(f"{self.name}@{self.revision}".encode()).hexdigest()
 
     def small_files(self) -> list[Path]:
         """What a pack copies."""

@@ -125,9 +125,11 @@ def _attention_bytes(layer: Any, tokens: int, context_tokens: int, dtype_bytes: 
         past_bytes = context_tokens * heads * (key_dim + value_dim) * dtype_bytes
     else:
         past_bytes = 0
-    # Torch's flash kernel for the CPU wants heads of one width; else the scores are written out, softmax in fp32.
-    if eager or key_dim != value_dim:
-        past_bytes += heads * tokens * context_tokens * (2 * dtype_bytes + 4)
+    scores = heads * tokens * context_tokens
+    if eager:  # scaled, masked, joined with sinks, softmax in fp32
+        past_bytes += scores * (3 * dtype_bytes + 4)
+    elif key_dim != value_dim:  # torch's flash kernel for the CPU wants one width; without it halves become fp32
+        past_bytes += scores * (12 if dtype_bytes == 4 else 16)
     return int(copies_bytes + past_bytes)
 
 
@@ -136,7 +138,7 @@ def _state_bytes(layer: Any, tokens: int, dtype_bytes: int) -> int:
     if (value_heads := getattr(layer, "linear_num_value_heads", None)) is not None:  # gated delta net
         padded = _round_up(tokens, _DELTA_RULE_CHUNK_TOKENS)
         widths = layer.linear_key_head_dim + layer.linear_value_head_dim
-        return int(padded * value_heads * (6 * widths + 5 * _DELTA_RULE_CHUNK_TOKENS) * 4)
+        return int(padded * value_heads * (11 * widths + 5 * _DELTA_RULE_CHUNK_TOKENS) * 4)
     heads = getattr(layer, "mamba_n_heads", None) or getattr(layer, "mamba_num_heads", None)
     if heads is not None:  # Mamba 2
         block = getattr(layer, "mamba_chunk_size", None) or layer.chunk_size
