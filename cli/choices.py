@@ -1,0 +1,13 @@
+"""What the options offer, for the help pages: kept here because the registries behind some of them import torch."""
+
+DENSE_FORMATS = ("source", "bf16", "int8", "nf4", "int4", "mxfp4", "fp8")
+FORMATS = ("auto", *DENSE_FORMATS)
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+VERIFY = ("first", "always", "off")
+
+
+def policies() -> tuple[str, ...]:
+    """The names of the cache policies."""
+    from moe_offload.cache import policy_names
+
+    return tuple(policy_names())

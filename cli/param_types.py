@@ -1,0 +1,64 @@
+"""The kinds of values that options take: checked at once, passed on as they were written.
+
+``click.ParamType`` is generic only in recent versions of click, hence the ignored type arguments.
+"""
+
+import click
+from click.shell_completion import CompletionItem
+
+from moe_offload.errors import ConfigError
+
+
+class ModelType(click.ParamType):  # type: ignore[type-arg]
+    """A folder or the name of a model on the hub; the shell completes folders."""
+
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """An amount of memory: 6GiB, 80%, auto."""
+
+    name = "size"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moe_offload.offload.sizes import parse_size
+
+        try:
+            parse_size(value, total_bytes=1 << 50, free_bytes=1 << 50)  # only the spelling matters here
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
+class PrefetchType(click.ParamType):  # type: ignore[type-arg]
+    """How many layers to look ahead: off, auto or a number."""
+
+    name = "off|auto|n"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
+        if value in ("off", "auto"):
+            return value
+        if not value.isdecimal() or int(value) == 0:
+            self.fail(f"{value!r} is neither off, auto nor a number of layers from 1 up", param, ctx)
+        return int(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in ("off", "auto") if name.startswith(incomplete)]
+
+
+class DeviceType(click.ParamType):  # type: ignore[type-arg]
+    """Where to compute: auto, cpu, cuda or cuda:N."""
+
+    name = "device"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, colon, index = value.partition(":")
+        if value not in ("auto", "cpu", "cuda") and not (kind == "cuda" and colon and index.isdecimal()):
+            self.fail(f"{value!r} is not a device; use auto, cpu, cuda or cuda:0", param, ctx)
+        return value
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in ("auto", "cpu", "cuda") if name.startswith(incomplete)]

@@ -1,0 +1,1 @@
+../../src/moe_offload/__main__.py
