@@ -1,0 +1,127 @@
+"""Opens a model for a command: progress while it packs and loads, the plan before anything is read, a banner after."""
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from moe_offload._version import VERSION
+from moe_offload.cli.lazy_group import is_debug
+from moe_offload.cli.progress import TerminalProgress
+from moe_offload.cli.report import format_seconds
+from moe_offload.cli.sampling import Sampling
+
+if TYPE_CHECKING:
+    from moe_offload.offload.model import OffloadedModel
+    from moe_offload.offload.plan import Plan
+
+_SOURCE = "source"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A loaded model and what it took."""
+
+    model: "OffloadedModel"
+    name: str
+    load_s: float
+
+
+@contextmanager
+def open_model(name: str | None, load: Mapping[str, Any], console: Console) -> Iterator[OpenedModel]:
+    """The model called ``name`` (None: the demo), open inside the ``with``; ``console`` is told what happens."""
+    progress = TerminalProgress(console)
+    started_s = time.monotonic()
+
+    def show_plan(plan: "Plan") -> None:
+        nonlocal started_s
+        started_s = time.monotonic()
+        console.print(Text(plan.render()), style="dim")
+
+    with quiet_libraries(console):
+        with console.status("Starting", spinner="dots"):
+            from moe_offload.offload.model import OffloadedModel
+
+            _silence_transformers()
+        try:
+            if name is None:
+                from moe_offload.offload.demo import DEMO_RAM, ensure_demo
+
+                path, name = str(ensure_demo(progress)), "the built-in demo"
+                load = {"ram": DEMO_RAM, **load}
+            else:
+                path = name
+            model = OffloadedModel.from_pretrained(path, on_progress=progress, on_plan=show_plan, **load)
+        finally:
+            progress.abandon()
+        with model:
+            yield OpenedModel(model, name, time.monotonic() - started_s)
+
+
+def banner(opened: OpenedModel, sampling: Sampling) -> Text:
+    """Model, format, exactness, what is where, kernels and loading time, at a glance."""
+    from moe_offload.quant import backend_name
+
+    manifest = opened.model.manifest
+    rows = [
+        ("model", opened.name),
+        ("format", f"experts {manifest.expert_format}, the rest {manifest.dense_format}"),
+        ("answers", exactness(manifest)),
+        ("experts", residence(opened.model.plan)),
+        ("kernels", backend_name()),
+        ("sampling", str(sampling)),
+        ("loaded", f"in {format_seconds(opened.load_s)}"),
+    ]
+    text = Text(f"moe-offload {VERSION}", style="bold")
+    for label, value in rows:
+        text.append(f"\n  {label:<10}", style="not bold cyan").append(value, style="not bold default")
+    return text
+
+
+def exactness(manifest: Any) -> str:
+    """What the answers equal."""
+    lossy = [spec for spec in (manifest.expert_format, manifest.dense_format) if spec != _SOURCE]
+    if not lossy:
+        return "exact: the checkpoint's own numbers"
+    return f"exact at {lossy[0]}: identical to the fully resident model in this format"
+
+
+def residence(plan: "Plan") -> str:
+    """What part of the experts is where."""
+    fast, second = ("RAM", None) if plan.device == "cpu" else ("VRAM", "RAM")
+    if plan.resident_share >= 1:
+        return f"all in {fast}"
+    parts = [f"{plan.resident_share:.0%} in {fast}"]
+    if second and plan.host_share > 0:
+        parts.append(f"{min(plan.host_share, 1):.0%} in {second}")
+    return ", ".join([*parts, "the rest streamed from disk"])
+
+
+@contextmanager
+def quiet_libraries(console: Console) -> Iterator[None]:
+    """Show warnings meant for users as a line each, and the libraries' other messages only when debugging."""
+    if is_debug():
+        yield
+        return
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+            console.print(Text(f"Warning: {message}", style="yellow"))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _silence_transformers() -> None:
+    if "transformers" in sys.modules and not is_debug():
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -1,0 +1,79 @@
+"""Figures of a run, as one line, as a table and as JSON."""
+
+from typing import Any
+
+from moe_offload.cli.model_api import Run
+from moe_offload.offload.sizes import format_size
+
+_SEPARATOR = " · "
+
+
+def report_line(run: Run, *, max_new_tokens: int | None = None) -> str:
+    """The line after an answer: speed, first token, hits, bytes read, time spent waiting for the disk."""
+    parts = [f"{run.tokens_per_s:.1f} tok/s"] if run.new_tokens > 1 else []
+    parts += [
+        f"first {format_seconds(run.time_to_first_token_s)}",
+        f"{_hits(run)} hits",
+        f"{format_size(run.bytes_read)} read",
+        f"{format_seconds(run.stall_s)} stalled",
+        f"{run.new_tokens} {'token' if run.new_tokens == 1 else 'tokens'}",
+    ]
+    if max_new_tokens is not None and run.new_tokens >= max_new_tokens:
+        parts[-1] += " (the limit; --max-new-tokens)"
+    return _SEPARATOR.join(parts)
+
+
+def totals(stats: Run) -> list[tuple[str, str]]:
+    """Names and values of a session's figures, for /stats."""
+    return [
+        ("tokens", f"{stats.prompt_tokens} read, {stats.new_tokens} written"),
+        ("speed", f"{stats.tokens_per_s:.1f} tok/s over {format_seconds(stats.decode_s)} of decoding"),
+        ("experts", f"{stats.hits + stats.misses} asked for, {_hits(stats)} found in memory"),
+        ("read", format_size(stats.bytes_read)),
+        ("stalled", format_seconds(stats.stall_s)),
+        (
+            "prefetched",
+            f"{stats.prefetch_issued} experts, {stats.prefetch_used} of them used, {stats.prefetch_wasted} in vain",
+        ),
+    ]
+
+
+def timings(run: Run) -> dict[str, Any]:
+    """The times of a run, for JSON."""
+    return {
+        "time_to_first_token_s": run.time_to_first_token_s,
+        "decode_s": run.decode_s,
+        "tokens_per_s": run.tokens_per_s,
+        "stall_s": run.stall_s,
+    }
+
+
+def cache_figures(run: Run) -> dict[str, Any]:
+    """What the expert cache did in a run, for JSON."""
+    return {
+        "hits": run.hits,
+        "misses": run.misses,
+        "hit_ratio": run.hit_ratio,
+        "bytes_read": run.bytes_read,
+        "prefetch_issued": run.prefetch_issued,
+        "prefetch_used": run.prefetch_used,
+        "prefetch_wasted": run.prefetch_wasted,
+        "prefetch_recall": run.prefetch_recall,
+    }
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in two or three digits: "84 ms", "3.2 s", "4 min 10 s"."""
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _hits(run: Run) -> str:
+    asked = run.hits + run.misses
+    return f"{100 * run.hits / asked:.0f} %" if asked else "no"
