@@ -86,6 +86,16 @@ class CacheMachine(RuleBasedStateMachine):
         )
         assert counts.evictions == sum(miss.victim is not None for miss in lease.misses)
 
+    @rule(
+        layer_idx=layers, ids=expert_lists, admit=st.sampled_from(Admit), phase=st.sampled_from(["decode", "prefill"])
+    )
+    def whole_step(self, layer_idx: int, ids: list[int], admit: Admit, phase: Any) -> None:
+        """As most steps go; without it, too few experts are ever loaded to be evicted."""
+        self.acquire(layer_idx, ids, admit, phase)
+        for miss in self.leases[-1][0].misses:
+            self.load(sorted(self.in_flight).index((layer_idx, miss.expert_idx)))
+        self.release(len(self.leases) - 1, True)
+
     @precondition(lambda self: self.leases)
     @rule(pick=st.integers(0), explicitly=st.booleans())
     def release(self, pick: int, explicitly: bool) -> None:

@@ -141,6 +141,21 @@ def test_a_prompt_evicts_what_is_colder_and_the_hottest_newcomer_comes_first():
     assert lease.bypassed == [2, 1]
 
 
+def test_a_prompt_evicts_nothing_for_an_equal():
+    cache = ExpertCache([4], [1], "decay")
+    step(cache, 0, 1)
+    assert cache.acquire(0, [1], admit=Admit.IF_HOTTER, phase="prefill").bypassed == [1]
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_what_a_prompt_asks_for_counts_afterwards(name: str):
+    cache = ExpertCache([4], [2], name)
+    step(cache, 0)
+    step(cache, 1)
+    cache.release(cache.acquire(0, [0], admit=Admit.IF_HOTTER, phase="prefill"))
+    assert cache.hot_set() == [[0, 1]]
+
+
 @pytest.mark.parametrize("name", policy_names())
 def test_a_prompt_fills_empty_slots(name: str):
     cache = ExpertCache([6], [3], name)
