@@ -46,10 +46,9 @@ _OWN_NAME = re.compile(
 class LayerWriter:
     """Takes the experts of one layer in order."""
 
-    def __init__(self, file: PartialFile, layout: LayerLayout, data_start: int) -> None:
+    def __init__(self, file: PartialFile, layout: LayerLayout) -> None:
         self._file = file
         self._layout = layout
-        self._total_bytes = data_start + layout.num_experts * layout.slot_bytes
         self.checksums: list[str] = []
 
     def write_expert(self, expert_idx: int, data: bytes | bytearray | memoryview) -> None:
@@ -60,8 +59,7 @@ class LayerWriter:
                 f"expected expert {len(self.checksums)} in {self._layout.slot_bytes} bytes, "
                 f"got expert {expert_idx} in {len(view)}"
             )
-        with typed_write_errors(self._file.path, self._total_bytes):
-            self._file.write(view)
+        self._file.write(view)
         self.checksums.append(xxhash.xxh3_64_hexdigest(view))
 
 
@@ -123,10 +121,9 @@ class PackWriter:
             (f"layers.{layer_idx}.experts.{expert_idx}", "U8", (layout.slot_bytes,), layout.slot_bytes)
             for expert_idx in range(layout.num_experts)
         )
-        with PartialFile(path) as file:
-            writer = LayerWriter(file, layout, len(header))
-            with typed_write_errors(path, len(header)):
-                file.write(header)
+        with PartialFile(path, len(header) + layout.num_experts * layout.slot_bytes) as file:
+            writer = LayerWriter(file, layout)
+            file.write(header)
             yield writer
             spec = LayerSpec(
                 layout.module,
@@ -137,8 +134,7 @@ class PackWriter:
                 first_offset_bytes=len(header),
                 checksums=tuple(writer.checksums),
             )
-            with typed_write_errors(path, spec.end_bytes):
-                file.commit()
+            file.commit()
         self._journal.append({"layer": layer_idx, "spec": asdict(spec)})
         self._layers[layer_idx] = spec
 
@@ -170,11 +166,7 @@ class PackWriter:
             self._journal.append({"copied": name})
             self._copied.add(name)
             target.with_name(name + PARTIAL_SUFFIX).unlink(missing_ok=True)
-        with (
-            source.open("rb") as file,
-            PartialFile(target) as copy,
-            typed_write_errors(target, source.stat().st_size),
-        ):
+        with source.open("rb") as file, PartialFile(target, source.stat().st_size) as copy:
             while chunk := file.read(1 << 20):
                 copy.write(chunk)
             copy.commit()
@@ -209,9 +201,8 @@ class PackWriter:
         return manifest
 
     def _write_text(self, name: str, text: str) -> None:
-        path = self._folder / name
         data = text.encode()
-        with PartialFile(path) as file, typed_write_errors(path, len(data)):
+        with PartialFile(self._folder / name, len(data)) as file:
             file.write(data)
             file.commit()
 

@@ -53,28 +53,36 @@ def typed_write_errors(path: Path, needed_bytes: int) -> Iterator[None]:
 
 
 class PartialFile:
-    """A file under ``path`` with a suffix, until `commit`; leaving the context without it removes the file."""
+    """A file under ``path`` with a suffix, until `commit`; leaving the context without it removes the file.
 
-    def __init__(self, path: Path, suffix: str = PARTIAL_SUFFIX) -> None:
-        """Create the file; one that is there under the partial name is an error."""
+    Failures to write raise DiskFullError or ConfigError.
+    """
+
+    def __init__(self, path: Path, total_bytes: int = 0, suffix: str = PARTIAL_SUFFIX) -> None:
+        """Create the file, which will have ``total_bytes`` as far as is known (for messages only)."""
         self.path = path
         self.size_bytes = 0
+        self._total_bytes = total_bytes
         self._partial = path.with_name(path.name + suffix)
         self._flushed_bytes = 0
-        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with typed_write_errors(path, total_bytes):
+            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
-        write_all(self._fd, data)
-        self.size_bytes += len(data)
-        if self.size_bytes - self._flushed_bytes >= WRITEBACK_BYTES:
-            self._start_writeback()
+        end_bytes = self.size_bytes + len(data)
+        with typed_write_errors(self.path, max(end_bytes, self._total_bytes)):
+            write_all(self._fd, data)
+            self.size_bytes = end_bytes
+            if self.size_bytes - self._flushed_bytes >= WRITEBACK_BYTES:
+                self._start_writeback()
 
     def write_at_start(self, data: bytes) -> None:
         """Replace the first bytes."""
-        os.lseek(self._fd, 0, os.SEEK_SET)
-        write_all(self._fd, data)
-        os.lseek(self._fd, 0, os.SEEK_END)
+        with typed_write_errors(self.path, self.size_bytes):
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            write_all(self._fd, data)
+            os.lseek(self._fd, 0, os.SEEK_END)
 
     def read_at(self, offset_bytes: int, size_bytes: int) -> bytes:
         """Bytes already written."""
@@ -82,11 +90,12 @@ class PartialFile:
 
     def commit(self) -> None:
         """Sync the file, give it its name, sync the name."""
-        os.fsync(self._fd)
-        # The pages would push more useful ones out of the page cache.
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.replace(self._partial, self.path)
-        sync_folder(self.path.parent)
+        with typed_write_errors(self.path, self.size_bytes):
+            os.fsync(self._fd)
+            # The pages would push more useful ones out of the page cache.
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.replace(self._partial, self.path)
+            sync_folder(self.path.parent)
 
     def _start_writeback(self) -> None:
         # On Linux this starts writing dirty pages without waiting, and drops the clean ones.

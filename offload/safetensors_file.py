@@ -10,7 +10,7 @@ import xxhash
 
 from moe_offload.errors import PackCorruptError
 from moe_offload.offload.pack_manifest import REPACK, SLOT_ALIGNMENT_BYTES, DenseFile, align
-from moe_offload.offload.partial_file import PARTIAL_SUFFIX, PartialFile, typed_write_errors
+from moe_offload.offload.partial_file import PARTIAL_SUFFIX, PartialFile
 
 Buffer = bytes | bytearray | memoryview
 DenseTensor = tuple[str, str, Sequence[int], Buffer]
@@ -49,32 +49,29 @@ def write_dense_file(path: Path, tensors: Iterable[DenseTensor]) -> tuple[DenseF
     entries: list[tuple[str, str, Sequence[int], int]] = []
     digest = xxhash.xxh3_64()
     with PartialFile(path) as file:
-        with typed_write_errors(path, HEADER_ROOM_BYTES):
-            file.write(bytes(HEADER_ROOM_BYTES))
+        file.write(bytes(HEADER_ROOM_BYTES))
         for key, dtype, shape, data in tensors:
             view = memoryview(data)
             view = view.cast("B") if view.nbytes else memoryview(b"")
             if len(view) != math.prod(shape) * ITEM_BYTES[dtype]:
                 raise ValueError(f"{key}: {len(view)} bytes for {dtype} of shape {tuple(shape)}")
-            with typed_write_errors(path, file.size_bytes + len(view)):
-                file.write(view)
+            file.write(view)
             digest.update(view)
             entries.append((key, dtype, shape, len(view)))
         header = header_bytes(entries, HEADER_ROOM_BYTES)
         digest.update(header)
         size_bytes = file.size_bytes - HEADER_ROOM_BYTES + len(header)
-        with typed_write_errors(path, size_bytes):
-            if len(header) == HEADER_ROOM_BYTES:
-                file.write_at_start(header)
-                file.commit()
-            else:
-                _move_behind(header, file)
+        if len(header) == HEADER_ROOM_BYTES:
+            file.write_at_start(header)
+            file.commit()
+        else:
+            _move_behind(header, file)
     return DenseFile(path.name, size_bytes, digest.hexdigest()), [key for key, _, _, _ in entries]
 
 
 def _move_behind(header: bytes, file: PartialFile) -> None:
     """Write ``file`` anew with a header that outgrew its room."""
-    with PartialFile(file.path, WIDE_SUFFIX) as wide:
+    with PartialFile(file.path, file.size_bytes, WIDE_SUFFIX) as wide:
         wide.write(header)
         for offset_bytes in range(HEADER_ROOM_BYTES, file.size_bytes, _COPY_BYTES):
             wide.write(file.read_at(offset_bytes, min(_COPY_BYTES, file.size_bytes - offset_bytes)))
