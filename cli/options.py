@@ -60,7 +60,7 @@ _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
         help="Longest conversation to reserve memory for.",
     ),
     click.option(
-        "--policy", type=click.Choice(choices.policies()), default="lru", help="Which experts stay in memory."
+        "--policy", type=click.Choice(choices.policies()), default="decay", help="Which experts stay in memory."
     ),
     click.option(
         "--prefetch",

@@ -37,11 +37,11 @@ class Meter:
     """What residency and lookahead have counted, and the difference between two moments."""
 
     def __init__(self, residency: Residency, lookahead: Lookahead) -> None:
-        self._residency, self._lookahead = residency, lookahead
+        self.residency, self._lookahead = residency, lookahead
 
     def read(self) -> tuple[StatsSnapshot, int, float, LookaheadCounts]:
         """Cache counts, bytes read, stall and lookahead, now."""
-        residency = self._residency
+        residency = self.residency
         return residency.cache.stats.snapshot(), residency.bytes_read, residency.stall_s, self._lookahead.counts
 
     def since(self, earlier: tuple[StatsSnapshot, int, float, LookaheadCounts], **times: Any) -> RunReport:
@@ -169,6 +169,7 @@ class Generator:
         with self._lock:
             self._running.add(clock)
         earlier = self._meter.read()
+        self._meter.residency.new_sequence()
         try:
             if seed is not None:
                 torch.manual_seed(seed)

@@ -100,7 +100,7 @@ class OffloadedModel:
         dense_format: str = "source",
         dtype: str | torch.dtype = "auto",
         context_tokens: int = 4096,
-        policy: str = "lru",
+        policy: str = "decay",
         prefetch: str | int = "auto",
         verify: str = "first",
         revision: str | None = None,

@@ -83,6 +83,10 @@ class Residency:
         """Bytes that came from the disk."""
         return self._tier.bytes_read
 
+    def new_sequence(self) -> None:
+        """Another text begins."""
+        self.cache.new_sequence()
+
     # -- a step --
 
     def run(
