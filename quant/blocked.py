@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_offload.errors import FormatError
-from moe_offload.quant import reference
+from moe_offload.quant import kernels, reference
 from moe_offload.quant.base import ErrorBound
 from moe_offload.quant.layout import PackedLayout, matrix_shape
 from moe_offload.quant.tiles import row_tiles
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Up to so many rows of x, a product straight from codes beats dequantising first; fp32 has no matrix units to lose.
+_FEW_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 64}
 # Plain torch holds several intermediates for each weight of a tile.
 _REFERENCE_TILE_WEIGHTS = 1 << 18
 
@@ -31,6 +33,11 @@ class BlockedFormat(ABC):
     @property
     @abstractmethod
     def error_bound(self) -> ErrorBound: ...
+
+    @property
+    @abstractmethod
+    def code(self) -> int:
+        """The kernels' number for the code."""
 
     @abstractmethod
     def bits_per_weight(self) -> float: ...
@@ -55,9 +62,12 @@ class BlockedFormat(ABC):
         if weight.dtype not in _WEIGHT_DTYPES:
             raise FormatError(f"{self.spec} packs fp32, bf16 or fp16 weights, got {weight.dtype}; convert it first")
         packed = layout.empty().to(weight.device)
+        if kernels.usable(weight):
+            kernels.quantize(weight, packed, layout, self.code)
+            return packed
         codes, scales = layout.codes(packed), layout.scales(packed)
         for rows in self._reference_tiles(layout):
-            tile = weight[rows].float()
+            tile = weight[rows].float().contiguous()
             reference.check_finite(tile)
             codes[rows], scales[self._scale_rows(layout, rows)] = self.quantize_rows(tile)
         return packed
@@ -66,6 +76,9 @@ class BlockedFormat(ABC):
         layout = self.layout(shape)
         layout.check(packed, self.spec)
         weight = torch.empty(matrix_shape(shape, self.spec), dtype=dtype, device=packed.device)
+        if dtype in _WEIGHT_DTYPES and kernels.usable(packed):
+            kernels.dequantize(packed, layout, self.code, slice(0, layout.num_rows), weight)
+            return weight
         for rows in self._reference_tiles(layout):
             weight[rows] = self._dequantize_rows(packed, layout, rows)
         return weight
@@ -75,13 +88,29 @@ class BlockedFormat(ABC):
         layout.check(packed, self.spec)
         if x.dim() != 2 or x.shape[1] != shape[1]:
             raise FormatError(f"x must be [T, {shape[1]}] for a {list(shape)} weight, got {list(x.shape)}")
-        # bf16 has matrix units; fp16's range is too small for a scaled weight, so it computes in fp32
-        compute_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         out = torch.empty(x.shape[0], shape[0], dtype=out_dtype or x.dtype, device=x.device)
-        x = x.to(compute_dtype)
-        for rows in self._reference_tiles(layout):
-            out[:, rows] = F.linear(x, self._dequantize_rows(packed, layout, rows).to(compute_dtype))
+        built = kernels.usable(x, packed) and x.dtype in _WEIGHT_DTYPES and out.dtype in _WEIGHT_DTYPES
+        if built and x.shape[0] <= _FEW_ROWS[x.dtype]:
+            kernels.linear(x, packed, layout, self.code, out)
+        elif built:
+            self._linear_by_tiles(x, packed, layout, out)
+        else:
+            compute_dtype = _compute_dtype(x)
+            x = x.to(compute_dtype).contiguous()  # strides must not matter to the result
+            for rows in self._reference_tiles(layout):
+                out[:, rows] = F.linear(x, self._dequantize_rows(packed, layout, rows).to(compute_dtype))
         return out
+
+    def _linear_by_tiles(self, x: Tensor, packed: Tensor, layout: PackedLayout, out: Tensor) -> None:
+        """Many rows: the weight is dequantised a tile at a time, for torch's matrix product."""
+        x = x.to(_compute_dtype(x)).contiguous()  # strides must not matter to the result
+        tile: Tensor | None = None
+        for rows in row_tiles(layout.num_rows, layout.num_cols):
+            num_rows = rows.stop - rows.start
+            if tile is None:
+                tile = torch.empty(num_rows, layout.num_cols, dtype=x.dtype)
+            kernels.dequantize(packed, layout, self.code, rows, tile[:num_rows])
+            out[:, rows] = F.linear(x, tile[:num_rows])
 
     def _dequantize_rows(self, packed: Tensor, layout: PackedLayout, rows: slice) -> Tensor:
         """fp32 [n, K] of a tile; ``rows`` starts at a multiple of the block's rows."""
@@ -107,3 +136,8 @@ class BlockedFormat(ABC):
     @staticmethod
     def _scale_rows(layout: PackedLayout, rows: slice) -> slice:
         return slice(rows.start // layout.block_rows, -(-rows.stop // layout.block_rows))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    # bf16 has matrix units; fp16's range is too small for a scaled weight, so it computes in fp32
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32

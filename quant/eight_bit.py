@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_offload.errors import FormatError
-from moe_offload.quant import reference
+from moe_offload.quant import kernels, reference
 from moe_offload.quant.base import ErrorBound
 from moe_offload.quant.blocked import BlockedFormat
 from moe_offload.quant.layout import PackedLayout, ceil_div, matrix_shape
@@ -18,6 +18,10 @@ class Int8Format(BlockedFormat):
     """Symmetric int8 with an fp16 scale for each group of a row; rows are padded to whole groups."""
 
     group_size: int
+
+    @property
+    def code(self) -> int:
+        return kernels.CODES["int8"]
 
     @property
     def error_bound(self) -> ErrorBound:
@@ -46,6 +50,10 @@ class Fp8Format(BlockedFormat):
 
     block_rows: int
     block_cols: int
+
+    @property
+    def code(self) -> int:
+        return kernels.CODES["e4m3"]
 
     @property
     def error_bound(self) -> ErrorBound:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_offload.errors import FormatError
-from moe_offload.quant import reference
+from moe_offload.quant import kernels, reference
 from moe_offload.quant.base import ErrorBound
 from moe_offload.quant.blocked import BlockedFormat
 from moe_offload.quant.codes import BNB_FP4_TABLE, E2M1_TABLE, INT4_TABLE, NF4_TABLE, CodeTable
@@ -20,8 +20,9 @@ _INTERLEAVE = 64
 _ERROR_BOUNDS = {
     # half the widest gap of the table, and what rounding the scale to fp16 (or below its smallest number) adds
     ("nf4", torch.float16): ErrorBound(of_block_max=0.1520 + 2**-11, absolute=2**-25),
-    ("nf4", torch.float32): ErrorBound(of_block_max=0.1520),
-    ("fp4", torch.float32): ErrorBound(of_block_max=1 / 6),
+    # bitsandbytes scales a block below 1e-38 as if it reached that
+    ("nf4", torch.float32): ErrorBound(of_block_max=0.1520, absolute=1e-38),
+    ("fp4", torch.float32): ErrorBound(of_block_max=1 / 6, absolute=1e-38),
     # the side opposite to the extreme ends at 7 of 8 steps
     ("int4", torch.float16): ErrorBound(of_block_max=1 / 8 + 2**-11, absolute=2**-22),
     # an extreme just below the next power of two saturates at 6 of 8
@@ -37,6 +38,10 @@ class FourBitFormat(BlockedFormat):
     group_size: int
     scale_dtype: torch.dtype
     pads_rows: bool
+
+    @property
+    def code(self) -> int:
+        return kernels.CODES[self.table.name]
 
     @property
     def interleave(self) -> int:

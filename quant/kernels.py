@@ -1,6 +1,180 @@
-"""Which kernels compute with packed weights."""
+"""The C++ kernels: found beside this file if they were built, called through ctypes, which releases the GIL."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_offload.errors import ConfigError
+from moe_offload.quant import reference
+from moe_offload.quant.layout import PackedLayout
+
+_ABI = 1
+_ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
+_TORCH = "torch"
+_ISA_NAMES = ("portable", "avx2", "avx512", "neon")  # indices are the library's
+_PREFERENCE = ("avx512", "avx2", "neon", "portable")
+
+# The numbers that packed.h gives them.
+CODES = {"nf4": 0, "int4": 1, "e2m1": 2, "fp4": 3, "int8": 4, "e4m3": 5}
+_SCALE_TYPES = {torch.float16: 0, torch.float32: 1, torch.uint8: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATUS_NONFINITE = 1
+
+
+class _PackedWeight(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("block_rows", ctypes.c_int64),
+        ("block_cols", ctypes.c_int64),
+        ("code", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    )
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int32))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_kernels" + suffix)
+        if path.exists():
+            library = ctypes.CDLL(str(path))
+            library.moe_offload_isa.restype = ctypes.c_char_p
+            library.moe_offload_dequantize.restype = None
+            library.moe_offload_read.restype = ctypes.c_uint64
+            # an older build beside newer Python code must not be called
+            return library if library.moe_offload_abi() == _ABI else None
+    return None
+
+
+def available() -> tuple[str, ...]:
+    """Every backend that can run here, the best first; "torch" always can."""
+    library = _library()
+    if library is None:
+        return (_TORCH,)
+    built = tuple(name for name in _PREFERENCE if library.moe_offload_isa(_ISA_NAMES.index(name)) is not None)
+    return (*built, _TORCH)
+
+
+class _Choice:
+    """The backend in force; a class so that tests can change it."""
+
+    name: str | None = None
+
+
+def _chosen() -> str:
+    if _Choice.name is None:
+        asked = os.environ.get(_ENVIRONMENT)
+        if asked is not None and asked not in available():
+            raise ConfigError(f"{_ENVIRONMENT}={asked} cannot run here; available: {', '.join(available())}")
+        _Choice.name = asked or available()[0]
+    return _Choice.name
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Run with one of `available()`, or with what the environment says; for tests and benchmarks."""
+    before, _Choice.name = _Choice.name, name
+    try:
+        yield
+    finally:
+        _Choice.name = before
 
 
 def backend_name() -> str:
-    """What runs: "torch" where no kernels were built."""
-    return "torch"
+    """What computes with packed weights on the CPU: "cpu-avx512", "cpu-avx2", "cpu-neon", "cpu-portable" or "torch"."""
+    name = _chosen()
+    return name if name == _TORCH else f"cpu-{name}"
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether kernels were built and can take these tensors."""
+    return _chosen() != _TORCH and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _call() -> tuple[ctypes.CDLL, int]:
+    library = _library()
+    assert library is not None
+    return library, _ISA_NAMES.index(_chosen())
+
+
+def _packed_weight(packed: Tensor, layout: PackedLayout, code: int) -> _PackedWeight:
+    address = packed.data_ptr()
+    return _PackedWeight(
+        address,
+        address + layout.scales_offset_bytes,
+        layout.num_rows,
+        layout.num_cols,
+        layout.row_bytes,
+        layout.block_rows,
+        layout.block_cols,
+        code,
+        _SCALE_TYPES[layout.scale_dtype],
+    )
+
+
+def _matrix(tensor: Tensor) -> _Matrix:
+    return _Matrix(tensor.data_ptr(), tensor.stride(0), _DTYPES[tensor.dtype])
+
+
+def quantize(weight: Tensor, packed: Tensor, layout: PackedLayout, code: int) -> None:
+    """Fill the codes and scales of ``packed`` from fp32, bf16 or fp16 [N, K]."""
+    library, isa = _call()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    status = library.moe_offload_quantize(
+        isa, ctypes.byref(_packed_weight(packed, layout, code)), ctypes.byref(_matrix(weight)), torch.get_num_threads()
+    )
+    if status:
+        raise reference.nonfinite_error() if status & _STATUS_NONFINITE else reference.overflow_error()
+
+
+def dequantize(packed: Tensor, layout: PackedLayout, code: int, rows: slice, out: Tensor) -> None:
+    """Rows of the weight into ``out`` [n, K] of any float dtype."""
+    library, isa = _call()
+    library.moe_offload_dequantize(
+        isa,
+        ctypes.byref(_packed_weight(packed, layout, code)),
+        ctypes.c_int64(rows.start),
+        ctypes.c_int64(rows.stop),
+        ctypes.byref(_matrix(out)),
+        torch.get_num_threads(),
+    )
+
+
+def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tensor) -> None:
+    """out [T, N] = x [T, K] @ weight.T, in fp32 throughout; meant for few rows of x."""
+    library, isa = _call()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    status = library.moe_offload_linear(
+        isa,
+        ctypes.byref(_packed_weight(packed, layout, code)),
+        ctypes.byref(_matrix(x)),
+        ctypes.c_int64(x.shape[0]),
+        ctypes.byref(_matrix(out)),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory for {x.shape[0]} prepared rows of {x.shape[1]} activations")
+
+
+def read_all(data: Tensor) -> int:
+    """Read every byte once on all threads: the bandwidth that products are measured against."""
+    library, isa = _call()
+    return int(
+        library.moe_offload_read(
+            isa, ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.numel()), torch.get_num_threads()
+        )
+    )

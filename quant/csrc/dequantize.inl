@@ -1,0 +1,94 @@
+// Codes back to floats: code x scale in fp32, rounded once.
+
+ALWAYS_INLINE void store_lanes(void* out, int32_t dtype, int64_t index, V::Floats values) {
+    if (dtype == DTYPE_F32) {
+        V::store(static_cast<float*>(out) + index, values);
+    } else if (dtype == DTYPE_BF16) {
+        V::store_bf16(static_cast<uint16_t*>(out) + index, values);
+    } else {
+        V::store_f16(static_cast<uint16_t*>(out) + index, values);
+    }
+}
+
+// kHalf codes low and kHalf codes high from kHalf bytes, all of one scale.
+template <int kHalf>
+ALWAYS_INLINE void dequantize_group(const uint8_t* codes, const V::Table& table, float scale, void* out, int32_t dtype,
+                                    int64_t index) {
+    const V::Floats scales = V::set1(scale);
+    for (int j = 0; j < kHalf; j += V::kLanes) {
+        const V::Words bytes = V::bytes(codes + j);
+        store_lanes(out, dtype, index + j, V::mul(V::lookup(table, bytes), scales));
+        store_lanes(out, dtype, index + kHalf + j, V::mul(V::lookup(table, V::template shift_right<4>(bytes)), scales));
+    }
+}
+
+template <int kInterleave>
+void dequantize_four_bit(const PackedWeight& weight, int64_t row_begin, int64_t row_end, const Matrix& out) {
+    const V::Table table = V::table(kValues[weight.code]);
+    const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
+    for (int64_t row = row_begin; row < row_end; row++) {
+        const uint8_t* codes = weight.codes + row * weight.row_bytes;
+        const int64_t start = (row - row_begin) * out.stride;
+        for (int64_t col = 0; col < weight.cols; col += kInterleave) {
+            const float scale = scale_at(weight, row * scale_cols + col / weight.block_cols);
+            if (weight.cols - col >= kInterleave) {
+                dequantize_group<kInterleave / 2>(codes + col / 2, table, scale, out.data, out.dtype, start + col);
+            } else {
+                float last[kInterleave];
+                dequantize_group<kInterleave / 2>(codes + col / 2, table, scale, last, DTYPE_F32, 0);
+                for (int64_t i = 0; i < weight.cols - col; i++) {
+                    store_from_float(out.data, out.dtype, start + col + i, last[i]);
+                }
+            }
+        }
+    }
+}
+
+// e4m3 numbers come from V scaled by 2^-8; undoing that first is exact.
+struct Int8Codes {
+    static ALWAYS_INLINE V::Floats load(const uint8_t* codes) { return V::int8(codes); }
+    static constexpr float kFactor = 1.0f;
+};
+struct E4m3Codes {
+    static ALWAYS_INLINE V::Floats load(const uint8_t* codes) { return V::e4m3(codes); }
+    static constexpr float kFactor = 256.0f;
+};
+
+template <class Codes>
+void dequantize_eight_bit(const PackedWeight& weight, int64_t row_begin, int64_t row_end, const Matrix& out) {
+    const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
+    const V::Floats factor = V::set1(Codes::kFactor);
+    for (int64_t row = row_begin; row < row_end; row++) {
+        const uint8_t* codes = weight.codes + row * weight.row_bytes;
+        const int64_t start = (row - row_begin) * out.stride;
+        for (int64_t b = 0; b < scale_cols; b++) {
+            const int64_t begin = b * weight.block_cols;
+            const int64_t end = begin + weight.block_cols < weight.cols ? begin + weight.block_cols : weight.cols;
+            const V::Floats scale = V::set1(scale_at(weight, row / weight.block_rows * scale_cols + b));
+            int64_t col = begin;
+            for (; col + V::kLanes <= end; col += V::kLanes) {
+                const V::Floats values = V::mul(V::mul(Codes::load(codes + col), factor), scale);
+                store_lanes(out.data, out.dtype, start + col, values);
+            }
+            if (col < end) {
+                uint8_t last_codes[V::kLanes] = {};
+                float last[V::kLanes];
+                std::memcpy(last_codes, codes + col, static_cast<size_t>(end - col));
+                V::store(last, V::mul(V::mul(Codes::load(last_codes), factor), scale));
+                for (int64_t i = 0; i < end - col; i++) {
+                    store_from_float(out.data, out.dtype, start + col + i, last[i]);
+                }
+            }
+        }
+    }
+}
+
+inline void dequantize_rows(const PackedWeight& weight, int64_t row_begin, int64_t row_end, const Matrix& out) {
+    switch (weight.code) {
+        case CODE_INT8: return dequantize_eight_bit<Int8Codes>(weight, row_begin, row_end, out);
+        case CODE_E4M3: return dequantize_eight_bit<E4m3Codes>(weight, row_begin, row_end, out);
+        default: break;
+    }
+    if (interleave_of(weight) == 32) return dequantize_four_bit<32>(weight, row_begin, row_end, out);
+    dequantize_four_bit<64>(weight, row_begin, row_end, out);
+}

@@ -1,0 +1,10 @@
+// All kernels over the vector type V in scope, compiled once for each instruction set.
+#include "quantize.inl"
+#include "dequantize.inl"
+#include "linear.inl"
+
+inline const KernelSet& kernel_set(const char* name) {
+    static const KernelSet kernels = {name,    quantize_rows, dequantize_rows, prepared_cols,
+                                      prepare, linear_rows,   read_bytes};
+    return kernels;
+}

@@ -1,0 +1,117 @@
+// AVX-512 (F, BW, VL, DQ), 16 lanes.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "packed.h"
+#include "scalar.h"
+#include "tables.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+
+namespace {
+
+struct V {
+    static constexpr int kLanes = 16;
+    static constexpr int kRows = 2;
+    using Floats = __m512;
+    using Words = __m512i;
+    using Table = __m512;
+
+    static ALWAYS_INLINE Floats zero() { return _mm512_setzero_ps(); }
+    static ALWAYS_INLINE Floats set1(float value) { return _mm512_set1_ps(value); }
+    static ALWAYS_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
+    static ALWAYS_INLINE void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+    static ALWAYS_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static ALWAYS_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static ALWAYS_INLINE float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+    static ALWAYS_INLINE Floats gather(const float* p, const int32_t* index) {
+        return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4);
+    }
+    static ALWAYS_INLINE void prefetch(const uint8_t* p) {
+        _mm_prefetch(reinterpret_cast<const char*>(p) + 1024, _MM_HINT_T0);
+    }
+
+    static ALWAYS_INLINE Words words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static ALWAYS_INLINE Words bytes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    template <int kBits>
+    static ALWAYS_INLINE Words shift_right(Words v) {
+        return _mm512_srli_epi32(v, kBits);
+    }
+    static ALWAYS_INLINE Table table(const float* values) { return _mm512_loadu_ps(values); }
+    // vpermps looks at the low four bits of each index only: no mask
+    static ALWAYS_INLINE Floats lookup(const Table& table, Words index) { return _mm512_permutexvar_ps(index, table); }
+
+    static ALWAYS_INLINE Floats int8(const uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    // e4m3 bits in the places of fp16's: the value times 2^-8, numbers below the normal ones included
+    static ALWAYS_INLINE Floats e4m3(const uint8_t* p) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(-0x4080)));
+    }
+    static ALWAYS_INLINE Floats bf16(const uint16_t* p) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    // vcvtneps2bf16 would flush numbers below the normal ones, so rounding is done on the bits
+    static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats v) {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+    static ALWAYS_INLINE void store_f16(uint16_t* p, Floats v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+
+    // the scales of kGroups groups over the lanes that hold each
+    template <int kGroups>
+    static ALWAYS_INLINE Floats spread(const float* scales) {
+        static_assert(kGroups == 2 || kGroups == 4, "groups of 64 or 32 codes");
+        if constexpr (kGroups == 2) {
+            return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
+        } else {
+            const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+            return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_loadu_ps(scales)));
+        }
+    }
+};
+
+#include "kernels.inl"
+
+}  // namespace
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+const KernelSet* avx512_kernels() {
+    static const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return runs ? &kernel_set("avx512") : nullptr;
+}
+
+#else
+
+const KernelSet* avx512_kernels() { return nullptr; }
+
+#endif

@@ -1,0 +1,95 @@
+// NEON on 64-bit ARM, 4 lanes.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "packed.h"
+#include "scalar.h"
+#include "tables.h"
+
+#if defined(__aarch64__) && defined(__GNUC__)
+#include <arm_neon.h>
+
+namespace {
+
+struct V {
+    static constexpr int kLanes = 4;
+    static constexpr int kRows = 2;
+    using Floats = float32x4_t;
+    using Words = uint32x4_t;
+    using Table = uint8x16x4_t;
+
+    static ALWAYS_INLINE Floats zero() { return vdupq_n_f32(0.0f); }
+    static ALWAYS_INLINE Floats set1(float value) { return vdupq_n_f32(value); }
+    static ALWAYS_INLINE Floats load(const float* p) { return vld1q_f32(p); }
+    static ALWAYS_INLINE void store(float* p, Floats v) { vst1q_f32(p, v); }
+    static ALWAYS_INLINE Floats mul(Floats a, Floats b) { return vmulq_f32(a, b); }
+    static ALWAYS_INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+    static ALWAYS_INLINE float sum(Floats v) { return vaddvq_f32(v); }
+    static ALWAYS_INLINE Floats gather(const float* p, const int32_t* index) {
+        const float lanes[4] = {p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
+        return vld1q_f32(lanes);
+    }
+    static ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p + 512); }
+
+    static ALWAYS_INLINE Words words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+    static ALWAYS_INLINE Words bytes(const uint8_t* p) {
+        const uint32_t lanes[4] = {p[0], p[1], p[2], p[3]};
+        return vld1q_u32(lanes);
+    }
+    template <int kBits>
+    static ALWAYS_INLINE Words shift_right(Words v) {
+        return vshlq_u32(v, vdupq_n_s32(-kBits));
+    }
+    static ALWAYS_INLINE Table table(const float* values) {
+        return vld1q_u8_x4(reinterpret_cast<const uint8_t*>(values));
+    }
+    // the sixteen floats are one table of 64 bytes, of which a code picks four
+    static ALWAYS_INLINE Floats lookup(const Table& table, Words index) {
+        const uint32x4_t code = vandq_u32(index, vdupq_n_u32(15));
+        const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100), code, 0x04040404);
+        return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(places)));
+    }
+
+    static ALWAYS_INLINE Floats int8(const uint8_t* p) {
+        const int32_t lanes[4] = {static_cast<int8_t>(p[0]), static_cast<int8_t>(p[1]), static_cast<int8_t>(p[2]),
+                                  static_cast<int8_t>(p[3])};
+        return vcvtq_f32_s32(vld1q_s32(lanes));
+    }
+    // e4m3 bits in the places of fp16's: the value times 2^-8, numbers below the normal ones included
+    static ALWAYS_INLINE Floats e4m3(const uint8_t* p) {
+        uint16_t lanes[4];
+        for (int i = 0; i < 4; i++) lanes[i] = static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7);
+        return f16(lanes);
+    }
+    static ALWAYS_INLINE Floats bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats v) {
+        const uint32x4_t bits = vreinterpretq_u32_f32(v);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+        vst1_u16(p, vmovn_u32(vshrq_n_u32(rounded, 16)));
+    }
+    static ALWAYS_INLINE void store_f16(uint16_t* p, Floats v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+
+    // a chunk holds one group at most
+    template <int kGroups>
+    static ALWAYS_INLINE Floats spread(const float* scales) {
+        return vdupq_n_f32(scales[0]);
+    }
+};
+
+#include "kernels.inl"
+
+}  // namespace
+
+const KernelSet* neon_kernels() { return &kernel_set("neon"); }
+
+#else
+
+const KernelSet* neon_kernels() { return nullptr; }
+
+#endif

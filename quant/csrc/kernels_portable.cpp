@@ -1,0 +1,116 @@
+// Plain C++, 8 lanes in arrays that compilers turn into whatever vectors the baseline has.
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "packed.h"
+#include "scalar.h"
+#include "tables.h"
+
+namespace {
+
+struct V {
+    static constexpr int kLanes = 8;
+    static constexpr int kRows = 1;
+    struct Floats {
+        float lane[kLanes];
+    };
+    struct Words {
+        uint32_t lane[kLanes];
+    };
+    struct Table {
+        const float* values;
+    };
+
+    template <class Lane>
+    static ALWAYS_INLINE Floats each(Lane lane) {
+        Floats result;
+        for (int i = 0; i < kLanes; i++) result.lane[i] = lane(i);
+        return result;
+    }
+
+    static ALWAYS_INLINE Floats zero() { return set1(0.0f); }
+    static ALWAYS_INLINE Floats set1(float value) {
+        return each([&](int) { return value; });
+    }
+    static ALWAYS_INLINE Floats load(const float* p) {
+        Floats result;
+        std::memcpy(result.lane, p, sizeof(result.lane));
+        return result;
+    }
+    static ALWAYS_INLINE void store(float* p, const Floats& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
+    static ALWAYS_INLINE Floats mul(const Floats& a, const Floats& b) {
+        return each([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    // rounded twice: a fused operation without the instruction is a slow library call
+    static ALWAYS_INLINE Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+        return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    }
+    static ALWAYS_INLINE float sum(const Floats& v) {
+        return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
+    }
+    static ALWAYS_INLINE Floats gather(const float* p, const int32_t* index) {
+        return each([&](int i) { return p[index[i]]; });
+    }
+    static ALWAYS_INLINE void prefetch(const uint8_t*) {}
+
+    static ALWAYS_INLINE Words words(const uint8_t* p) {
+        Words result;
+        for (int i = 0; i < kLanes; i++) {
+            const uint8_t* b = p + 4 * i;
+            result.lane[i] = static_cast<uint32_t>(b[0]) | static_cast<uint32_t>(b[1]) << 8 |
+                             static_cast<uint32_t>(b[2]) << 16 | static_cast<uint32_t>(b[3]) << 24;
+        }
+        return result;
+    }
+    static ALWAYS_INLINE Words bytes(const uint8_t* p) {
+        Words result;
+        for (int i = 0; i < kLanes; i++) result.lane[i] = p[i];
+        return result;
+    }
+    template <int kBits>
+    static ALWAYS_INLINE Words shift_right(const Words& v) {
+        Words result;
+        for (int i = 0; i < kLanes; i++) result.lane[i] = v.lane[i] >> kBits;
+        return result;
+    }
+    static ALWAYS_INLINE Table table(const float* values) { return {values}; }
+    static ALWAYS_INLINE Floats lookup(const Table& table, const Words& index) {
+        return each([&](int i) { return table.values[index.lane[i] & 15]; });
+    }
+
+    static ALWAYS_INLINE Floats int8(const uint8_t* p) {
+        return each([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+    }
+    // e4m3 bits in the places of fp16's: the value times 2^-8, numbers below the normal ones included
+    static ALWAYS_INLINE Floats e4m3(const uint8_t* p) {
+        return each([&](int i) { return f16_to_float(static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7)); });
+    }
+    static ALWAYS_INLINE Floats bf16(const uint16_t* p) {
+        return each([&](int i) { return bf16_to_float(p[i]); });
+    }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p) {
+        return each([&](int i) { return f16_to_float(p[i]); });
+    }
+    static ALWAYS_INLINE void store_bf16(uint16_t* p, const Floats& v) {
+        for (int i = 0; i < kLanes; i++) p[i] = float_to_bf16(v.lane[i]);
+    }
+    static ALWAYS_INLINE void store_f16(uint16_t* p, const Floats& v) {
+        for (int i = 0; i < kLanes; i++) p[i] = float_to_f16(v.lane[i]);
+    }
+
+    // the scales of kGroups groups over the lanes that hold each
+    template <int kGroups>
+    static ALWAYS_INLINE Floats spread(const float* scales) {
+        return each([&](int i) { return scales[i * kGroups / kLanes]; });
+    }
+};
+
+#include "kernels.inl"
+
+}  // namespace
+
+const KernelSet* portable_kernels() { return &kernel_set("portable"); }

@@ -1,0 +1,55 @@
+// What a packed weight is, and the interface between the C API and the kernels of each instruction set.
+// The byte layout is specified in quant/layout.py and docs/pack-format.md.
+#pragma once
+#include <cstdint>
+
+enum Code : int32_t { CODE_NF4 = 0, CODE_INT4 = 1, CODE_E2M1 = 2, CODE_FP4 = 3, CODE_INT8 = 4, CODE_E4M3 = 5 };
+enum ScaleType : int32_t { SCALE_F16 = 0, SCALE_F32 = 1, SCALE_E8M0 = 2 };
+enum DType : int32_t { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
+enum Status : int32_t { STATUS_OK = 0, STATUS_NONFINITE = 1, STATUS_SCALE_OVERFLOW = 2 };
+
+// One packed [rows, cols] weight; scales are [ceil(rows / block_rows), ceil(cols / block_cols)].
+// A layer's experts are arrays of these, so a call for a whole layer needs no other description.
+struct PackedWeight {
+    uint8_t* codes;
+    void* scales;
+    int64_t rows;
+    int64_t cols;
+    int64_t row_bytes;
+    int64_t block_rows;
+    int64_t block_cols;
+    int32_t code;
+    int32_t scale_type;
+};
+
+// A matrix of activations or weights in a float dtype; stride in elements.
+struct Matrix {
+    void* data;
+    int64_t stride;
+    int32_t dtype;
+};
+
+// Few-row products take activations in fp32, in the order in which a kernel meets the codes, padded with zeros.
+struct PreparedInput {
+    const float* data;  // [num_tokens, stride]
+    int64_t stride;
+    int64_t num_tokens;
+};
+
+struct KernelSet {
+    const char* name;
+    int (*quantize_rows)(const PackedWeight&, const Matrix& source, int64_t row_begin, int64_t row_end);
+    void (*dequantize_rows)(const PackedWeight&, int64_t row_begin, int64_t row_end, const Matrix& out);
+    int64_t (*prepared_cols)(const PackedWeight&);
+    void (*prepare)(const PackedWeight&, const Matrix& x, int64_t token, float* prepared);
+    // out[token, row] for rows in the range; each row's result depends on that row and token alone
+    void (*linear_rows)(const PackedWeight&, const PreparedInput&, int64_t row_begin, int64_t row_end,
+                        const Matrix& out);
+    uint64_t (*read_bytes)(const uint8_t* data, int64_t num_bytes);
+};
+
+// Null where the machine or the build lacks the instructions.
+const KernelSet* portable_kernels();
+const KernelSet* avx2_kernels();
+const KernelSet* avx512_kernels();
+const KernelSet* neon_kernels();

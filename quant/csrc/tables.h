@@ -1,0 +1,15 @@
+// The numbers of quant/codes.py; tests/test_quant_kernels.py holds the two together.
+#pragma once
+#include <cmath>
+
+// What codes CODE_NF4 .. CODE_FP4 stand for.
+static const float kValues[4][16] = {
+    {-0x1.000000p+0f, -0x1.647362p-1f, -0x1.0cd660p-1f, -0x1.946540p-2f, -0x1.23449ap-2f, -0x1.7a6a7ep-3f, -0x1.74f0e2p-4f, 0x0.0p+0f, 0x1.45f5fep-4f, 0x1.4995c6p-3f, 0x1.f809bap-3f, 0x1.5a0674p-2f, 0x1.c34970p-2f, 0x1.200f56p-1f, 0x1.722766p-1f, 0x1.000000p+0f},
+    {-0x1.000000p+3f, -0x1.c00000p+2f, -0x1.800000p+2f, -0x1.400000p+2f, -0x1.000000p+2f, -0x1.800000p+1f, -0x1.000000p+1f, -0x1.000000p+0f, 0x0.0p+0f, 0x1.000000p+0f, 0x1.000000p+1f, 0x1.800000p+1f, 0x1.000000p+2f, 0x1.400000p+2f, 0x1.800000p+2f, 0x1.c00000p+2f},
+    {0x0.0p+0f, 0x1.000000p-1f, 0x1.000000p+0f, 0x1.800000p+0f, 0x1.000000p+1f, 0x1.800000p+1f, 0x1.000000p+2f, 0x1.800000p+2f, -0x0.0p+0f, -0x1.000000p-1f, -0x1.000000p+0f, -0x1.800000p+0f, -0x1.000000p+1f, -0x1.800000p+1f, -0x1.000000p+2f, -0x1.800000p+2f},
+    {0x0.0p+0f, 0x1.555556p-8f, 0x1.555556p-1f, 0x1.000000p+0f, 0x1.555556p-2f, 0x1.000000p-1f, 0x1.555556p-3f, 0x1.000000p-2f, -0x0.0p+0f, -0x1.555556p-8f, -0x1.555556p-1f, -0x1.000000p+0f, -0x1.555556p-2f, -0x1.000000p-1f, -0x1.555556p-3f, -0x1.000000p-2f},
+};
+static const float kNf4Bounds[15] = {-0x1.b239b0p-1f, -0x1.38a4e0p-1f, -0x1.d70900p-2f, -0x1.5bd4ecp-2f, -0x1.e079d8p-3f, -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f, 0x1.ec90c4p-4f, 0x1.a0cfc0p-3f, 0x1.2b05a8p-2f, 0x1.8ea7f2p-2f, 0x1.00da08p-1f, 0x1.491b5ep-1f, 0x1.b913b4p-1f};
+static const float kE2m1Bounds[15] = {-0x1.400002p+2f, -0x1.c00000p+1f, -0x1.400002p+1f, -0x1.c00000p+0f, -0x1.400002p+0f, -0x1.800000p-1f, -0x1.000002p-2f, 0x1.000000p-2f, 0x1.7ffffep-1f, 0x1.400000p+0f, 0x1.bffffep+0f, 0x1.400000p+1f, 0x1.bffffep+1f, 0x1.400000p+2f, INFINITY};
+static const float kFp4Bounds[15] = {-0x1.aaaaacp-1f, -0x1.2aaaacp-1f, -0x1.aaaaacp-2f, -0x1.2aaaacp-2f, -0x1.aaaaacp-3f, -0x1.600000p-4f, -0x1.555556p-9f, 0x0.0p+0f, 0x1.555556p-9f, 0x1.600000p-4f, 0x1.aaaaacp-3f, 0x1.2aaaacp-2f, 0x1.aaaaacp-2f, 0x1.2aaaacp-1f, 0x1.aaaaacp-1f};
+static const unsigned char kFp4Order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
