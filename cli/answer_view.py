@@ -77,7 +77,7 @@ class MarkdownView:
 
     def __enter__(self) -> Self:
         self._open, self._started = Piece("answer", ""), False
-        self._live = Live(_Tail(self), console=self._console, refresh_per_second=10, transient=True)
+        self._live = _CalmLive(self, self._console)
         self._live.start()
         return self
 
@@ -111,12 +111,15 @@ class MarkdownView:
         lines = self._console.render_lines(_rendered(piece), pad=False)
         self._console.print(_Lines(_without_blank_ends(lines)), soft_wrap=True)
 
+    @property
+    def state(self) -> Piece | Spinner:
+        """What is being written, or the spinner as long as nothing was."""
+        return self._open if self._started or self._open.text.strip() else _SPINNER
+
     def being_written(self) -> RenderableType:
         """What the live part of the screen shows."""
-        piece = self._open
-        if piece.text.strip():
-            return _rendered(piece)
-        return "" if self._started else _SPINNER
+        state = self.state
+        return _rendered(state) if isinstance(state, Piece) else state
 
 
 _SPINNER = Spinner("dots", style="dim")
@@ -143,6 +146,22 @@ class _Tail:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._view.being_written(), options.update(height=None), pad=False)
         yield _Lines(lines[-max(1, options.size.height - 2) :])
+
+
+class _CalmLive(Live):
+    """Draws ten times a second, but only what has changed: a terminal may be far away."""
+
+    def __init__(self, view: MarkdownView, console: Console) -> None:
+        self._view = view
+        self._drawn: Piece | Spinner | None = None
+        super().__init__(_Tail(view), console=console, refresh_per_second=10, transient=True)
+
+    def refresh(self) -> None:
+        """Called by a thread of its own."""
+        now = self._view.state
+        if now is not self._drawn or now is _SPINNER:
+            self._drawn = now
+            super().refresh()
 
 
 class _AnswerMarkdown(Markdown):

@@ -96,8 +96,8 @@ def residence(plan: "Plan") -> str:
     """What part of the experts is where."""
     fast, second = ("RAM", None) if plan.device == "cpu" else ("VRAM", "RAM")
     if plan.resident_share >= 1:
-        return f"all in {fast}"
-    parts = [f"{plan.resident_share:.0%} in {fast}"]
+        return f"all kept in {fast}"
+    parts = [f"{plan.resident_share:.0%} kept in {fast}"]
     if second and plan.host_share > 0:
         parts.append(f"{min(plan.host_share, 1):.0%} in {second}")
     return ", ".join([*parts, "the rest streamed from disk"])

@@ -76,4 +76,4 @@ def format_seconds(seconds: float) -> str:
 
 def _hits(run: Run) -> str:
     asked = run.hits + run.misses
-    return f"{100 * run.hits / asked:.0f} %" if asked else "no"
+    return f"{100 * run.hits / asked:.0f}%" if asked else "no"

@@ -12,6 +12,8 @@ from moe_offload.cli.answer_view import MarkdownView, PlainView
 from moe_offload.cli.chat import DEFAULT_PROMPT
 from moe_offload.cli.chat_session import ChatSession
 from moe_offload.cli.main import cli
+from moe_offload.cli.opening import exactness, residence
+from moe_offload.cli.report import format_seconds
 from moe_offload.cli.sampling import Sampling
 from moe_offload.errors import ExpertReadError
 
@@ -67,7 +69,7 @@ def test_a_conversation_is_sent_back_without_thinking(converse):
         ],
     ]
     assert "\x1b[2mhm\x1b[22m" in shown
-    assert shown.count("12.0 tok/s · first 0.2 s · 75 % hits · 3.0 MiB read · 0.1 s stalled · 7 tokens") == 2
+    assert shown.count("12.0 tok/s · first 0.2 s · 75% hits · 3.0 MiB read · 0.1 s stalled · 7 tokens") == 2
 
 
 def test_a_template_that_opens_the_thinking(converse):
@@ -97,7 +99,7 @@ def test_help_names_every_command(converse):
 def test_stats(converse):
     shown = converse().say("/stats")
     assert "5 read, 7 written" in shown
-    assert "40 asked for, 75 % found in memory" in shown
+    assert "40 asked for, 75% found in memory" in shown
     assert "6 experts, 4 of them used, 1 in vain" in shown
 
 
@@ -201,7 +203,7 @@ def test_piped_one_message_is_answered(monkeypatch):
         "model     some/model",
         "experts nf4, the rest source",
         "answers   exact at nf4: identical to the fully resident model",
-        "experts   40% in RAM, the rest streamed from disk",
+        "experts   40% kept in RAM, the rest streamed from disk",
         "kernels   fake kernels",
         "greedy: always the likeliest token",
         "> Hi!",
@@ -313,3 +315,36 @@ def test_the_history_is_kept_and_private(tmp_path):
     history.append_string("a message\nof two lines")
     assert list(_history(tmp_path / "home" / "chat_history").load_history_strings()) == ["a message\nof two lines"]
     assert stat.S_IMODE((tmp_path / "home" / "chat_history").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (cli_fake.FakePlan("cpu", 0.15), "15% kept in RAM, the rest streamed from disk"),
+        (cli_fake.FakePlan("cpu", 1.0), "all kept in RAM"),
+        (cli_fake.FakePlan("cuda", 0.15, 0.5), "15% kept in VRAM, 50% in RAM, the rest streamed from disk"),
+        (cli_fake.FakePlan("cuda", 0.15), "15% kept in VRAM, the rest streamed from disk"),
+    ],
+)
+def test_the_banner_says_what_is_where(plan, expected):
+    assert residence(plan) == expected
+
+
+@pytest.mark.parametrize(
+    ("formats", "expected"),
+    [
+        (("source", "source"), "exact: the checkpoint's own numbers"),
+        (("int8", "source"), "exact at int8: identical to the fully resident model in this format"),
+        (("source", "nf4"), "exact at nf4: identical to the fully resident model in this format"),
+    ],
+)
+def test_the_banner_says_how_exact_the_answers_are(formats, expected):
+    assert exactness(cli_fake.FakeManifest(*formats)) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.0, "0 ms"), (0.084, "84 ms"), (3.21, "3.2 s"), (59.6, "60 s"), (250, "4 min 10 s"), (7260, "2 h 1 min")],
+)
+def test_durations_as_people_read_them(seconds, expected):
+    assert format_seconds(seconds) == expected

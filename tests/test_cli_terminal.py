@@ -110,7 +110,7 @@ def test_a_conversation(chat):
     terminal.type("Hi" + ALT_ENTER + "you" + ENTER)
     terminal.wait_for("let me see")
     terminal.wait_for("there")
-    terminal.wait_for("12.0 tok/s · first 0.2 s · 75 % hits · 3.0 MiB read · 0.1 s stalled · 7 tokens")
+    terminal.wait_for("12.0 tok/s · first 0.2 s · 75% hits · 3.0 MiB read · 0.1 s stalled · 7 tokens")
     terminal.wait_for_prompt()
     terminal.type("Bye" + ENTER)
     terminal.wait_for("Good bye.")
