@@ -1,7 +1,7 @@
 """How fast a checkpoint becomes a pack, end to end: read, converted, quantised, checksummed, written.
 
-The checkpoint is one layer in the shape of Mixtral-8x7B, in bf16 (2.8 GB), just written, so mostly in the page cache: the
-figure is what the software can do; a slower disk is its own bound.
+The checkpoint is one layer in the shape of Mixtral-8x7B, in bf16 (2.8 GB), just written, so mostly in the page cache:
+the figure is what the software can do; a slower disk is its own bound.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def main() -> None:
 
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"kernels {backend_name()}\n\n| format | weights | time, s | M weights/s | peak memory, MiB |\n|---|---|---|---|---|"
+        f"kernels {backend_name()}\n\n"
+        "| format | weights | time, s | M weights/s | peak memory, MiB |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "checkpoint"
