@@ -55,13 +55,17 @@ class Checkpoint:
             return self._codec.decode(key, rows)
         return self.shards.read(key, rows)
 
-    def encode_exactly(self, key: str, row: int | None) -> Packed | None:
-        """The bits of a quantised tensor in one of our formats, where one holds them."""
-        return self._codec.encode_exactly(key, row) if self._codec is not None and self.is_coded(key) else None
+    def encode_exactly(self, key: str, row: int | None, *, transposed: bool) -> Packed | None:
+        """The bits of a quantised tensor in one of our formats, ``[out, in]``, where one holds them."""
+        if self._codec is None or not self.is_coded(key):
+            return None
+        return self._codec.encode_exactly(key, row, transposed=transposed)
 
     def dtype(self, key: str) -> torch.dtype:
-        """The dtype that `read` gives; bf16 for a quantised tensor."""
-        return torch.bfloat16 if self.is_coded(key) else self.shards.entry(key).dtype
+        """The dtype that `read` gives."""
+        if self._codec is not None and self.is_coded(key):
+            return self._codec.dtype(key)
+        return self.shards.entry(key).dtype
 
     def done(self, keys: Sequence[str]) -> None:
         """These tensors are not needed again."""
@@ -149,15 +153,21 @@ class ExpertParamSource:
         if value.dim() == len(self.param.shape) + 1 and value.shape[0] == 1:
             value = value[0]
         if tuple(value.shape) != self.param.shape:
-            raise SourceError(
-                f"expert {expert_idx} of {self.param.target} has shape {tuple(value.shape)} in the checkpoint, "
-                f"{self.param.shape} in the model"
-            )
+            raise self._wrong_shape(expert_idx, str(tuple(value.shape)))
         return value.t().contiguous() if self.param.transposed else value.contiguous()
+
+    def _wrong_shape(self, expert_idx: int, found: str) -> SourceError:
+        return SourceError(
+            f"expert {expert_idx} of {self.param.target} has shape {found} in the checkpoint, {self.param.shape} in "
+            "the model: the weights and the config do not belong together"
+        )
 
     def read_exactly(self, checkpoint: Checkpoint, expert_idx: int) -> list[Packed] | None:
         """The expert's own bits, one piece or several to be stacked by rows; None where they cannot be kept."""
-        pieces = [checkpoint.encode_exactly(*place) for place in self._keys_of(expert_idx).values()]
+        pieces = [
+            checkpoint.encode_exactly(key, row, transposed=self.param.transposed)
+            for key, row in self._keys_of(expert_idx).values()
+        ]
         converter = self.source.converter
         if converter is not None:
             stacks_rows = [type(op) for op in converter.operations] == [MergeModulelist, Concatenate]
@@ -167,7 +177,13 @@ class ExpertParamSource:
             order = list(self._keys_of(expert_idx))
             pieces = [pieces[order.index(p)] for p in converter.source_patterns if p in order]
         whole = [piece for piece in pieces if piece is not None]
-        return whole if len(whole) == len(pieces) else None
+        if len(whole) != len(pieces):
+            return None
+        if {piece.shape[1:] for piece in whole} != {self.param.packed_shape[1:]} or (
+            sum(piece.shape[0] for piece in whole) != self.param.packed_shape[0]
+        ):
+            raise self._wrong_shape(expert_idx, " and ".join(str(piece.shape) for piece in whole))
+        return whole
 
     @property
     def first_key(self) -> str:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_offload.errors import UnsupportedQuantizationError
+from moe_offload.errors import SourceError, UnsupportedQuantizationError
 from moe_offload.offload.shards import Shards
-from moe_offload.quant import imported
+from moe_offload.quant import get_format, imported
 
 
 @dataclass(frozen=True)
@@ -36,53 +36,111 @@ class Codec(Protocol):
     def decode(self, key: str, rows: slice | None) -> torch.Tensor:
         """The values of the plain tensor, or of some leading rows of it."""
 
-    def encode_exactly(self, key: str, row: int | None) -> Packed | None:
-        """The same bits in our format (of expert ``row`` of a fused tensor), or None where none holds them."""
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype that `decode` gives."""
+
+    def encode_exactly(self, key: str, row: int | None, *, transposed: bool) -> Packed | None:
+        """The same bits in our format (of expert ``row`` of a fused tensor), or None where none holds them.
+
+        ``transposed``: the plain tensor is ``[in, out]``; what is returned is always ``[out, in]``.
+        """
 
 
 class Fp8Codec:
-    """Block FP8 as in DeepSeek-V3: ``X.weight`` in float8_e4m3fn, ``X.weight_scale_inv [ceil(N/bn), ceil(K/bk)]``."""
+    """Block FP8 as in DeepSeek-V3: ``X.weight`` in float8_e4m3fn, ``X.weight_scale_inv [ceil(N/bn), ceil(K/bk)]``.
 
-    SUFFIX = "_scale_inv"
+    Scales are floats of any width, or e8m0 exponents as bytes (MXFP8); DeepSeek-V4 calls them ``X.scale`` and holds
+    its experts as MXFP4, two codes to an int8. A tensor with all experts of a layer, and its scales, have a leading
+    dimension more.
+    """
 
     def __init__(self, shards: Shards, settings: Mapping[str, Any]) -> None:
-        block = settings.get("weight_block_size") or (0, 0)
-        self._block = (int(block[0]), int(block[1]))
+        self._block = tuple(int(size) for size in settings.get("weight_block_size") or ())
         self._shards = shards
+        self._scale_of: dict[str, str] = {}
+        for key in shards.shard_of:
+            plain = key.removesuffix("_scale_inv")
+            if plain == key and key.endswith(".scale"):
+                plain = key.removesuffix("scale") + "weight"
+            if plain != key and plain in shards.shard_of:
+                self._scale_of[plain] = key
+        self._plain_of = {scale: plain for plain, scale in self._scale_of.items()}
 
     def plain_key(self, key: str) -> str:
-        """``X.weight_scale_inv`` belongs to ``X.weight``."""
-        plain = key.removesuffix(self.SUFFIX)
-        return plain if plain in self._shards.shard_of else key
+        """The scales belong to their weight."""
+        return self._plain_of.get(key, key)
 
     def members(self, key: str) -> list[str]:
         """The weight and its scales."""
-        return [key, key + self.SUFFIX] if key + self.SUFFIX in self._shards.shard_of else []
+        return [key, self._scale_of[key]] if key in self._scale_of else []
 
-    def _parts(self, key: str) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        codes, scales = self._shards.read(key), self._shards.read(key + self.SUFFIX)
-        if codes.dim() != 2 or codes.dtype != torch.float8_e4m3fn:
+    def dtype(self, key: str) -> torch.dtype:
+        """What transformers rounds to unless it is told otherwise."""
+        return torch.bfloat16
+
+    def _parts(self, key: str, rows: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes ``[..., N, K]`` and their scales; of some experts, if the tensor holds several."""
+        codes, scales = self._shards.entry(key), self._shards.entry(self._scale_of[key])
+        if codes.dtype not in (torch.float8_e4m3fn, torch.int8) or len(codes.shape) not in (2, 3):
             raise UnsupportedQuantizationError(
-                f"{key} is {codes.dtype} with {codes.dim()} dimensions: only 2-D float8_e4m3fn blocks are read"
+                f"{key} is {codes.dtype} {list(codes.shape)}: fp8 checkpoints are read where their weights are "
+                f"matrices of float8_e4m3fn, or of int8 that hold MXFP4"
             )
-        block = self._block if self._block[0] else (codes.shape[0], codes.shape[1])
-        return codes, scales.float().reshape(-(-codes.shape[0] // block[0]), -(-codes.shape[1] // block[1])), block
+        values = self._shards.read(key, rows if len(codes.shape) == 3 else None)
+        scale_values = self._shards.read(self._scale_of[key], rows if len(scales.shape) == 3 else None)
+        if scale_values.dtype == torch.uint8:
+            scale_values = scale_values.view(torch.float8_e8m0fnu)
+        return values, scale_values
+
+    def _packed(self, key: str, codes: torch.Tensor, scales: torch.Tensor) -> Packed:
+        """One matrix in our format."""
+        grid = (int(scales.shape[0]), int(scales.shape[1])) if scales.dim() == 2 else (1, 1)
+        num_rows, num_columns = codes.shape
+        if codes.dtype == torch.int8:
+            if scales.dtype != torch.float8_e8m0fnu or grid != (num_rows, num_columns // 16):
+                raise UnsupportedQuantizationError(f"{key} has 4-bit codes with {scales.dtype} {list(grid)} scales")
+            blocks = codes.view(torch.uint8).reshape(num_rows, -1, 16)
+            spec, data = imported.import_mxfp4(blocks, scales.view(torch.uint8))
+            return Packed(spec, (num_rows, 2 * num_columns), data)
+        spec, data = imported.import_fp8(
+            codes, scales.reshape(grid), self._block_of(key, (num_rows, num_columns), grid)
+        )
+        return Packed(spec, (num_rows, num_columns), data)
+
+    def _block_of(self, key: str, shape: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+        """The configured block if the grid of scales fits it, else the one that divides the weight evenly."""
+        even = (shape[0] // max(grid[0], 1), shape[1] // max(grid[1], 1))
+        for block in (self._block, even):
+            if len(block) == 2 and min(block) > 0:
+                rows, columns = block
+                if grid == (-(-shape[0] // rows), -(-shape[1] // columns)):
+                    return rows, columns
+        raise SourceError(
+            f"{key} is {list(shape)} with {list(grid)} scales: they fit neither the configured block "
+            f"{list(self._block)} nor an even one"
+        )
 
     def decode(self, key: str, rows: slice | None) -> torch.Tensor:
         """Code times its block's scale, in fp32, rounded to bf16 as transformers does."""
-        codes, scales, (block_rows, block_columns) = self._parts(key)
-        full = scales.repeat_interleave(block_rows, 0)[: codes.shape[0]]
-        full = full.repeat_interleave(block_columns, 1)[:, : codes.shape[1]]
-        values = (codes.float() * full).to(torch.bfloat16)
+        codes, scales = self._parts(key, rows)
+        if codes.dim() == 3:
+            stacked = scales if scales.dim() > 1 else scales[:, None]
+            return torch.stack([self._decoded(key, *pair) for pair in zip(codes, stacked, strict=True)])
+        values = self._decoded(key, codes, scales)
         return values if rows is None else values[rows]
 
-    def encode_exactly(self, key: str, row: int | None) -> Packed | None:
+    def _decoded(self, key: str, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        packed = self._packed(key, codes, scales)
+        return get_format(packed.format).dequantize(packed.data, packed.shape, torch.bfloat16)
+
+    def encode_exactly(self, key: str, row: int | None, *, transposed: bool) -> Packed | None:
         """Codes and scales as they are."""
-        if row is not None:
+        codes, scales = self._parts(key, None if row is None else slice(row, row + 1))
+        if transposed or (row is None) != (codes.dim() == 2):
             return None
-        codes, scales, block = self._parts(key)
-        spec, data = imported.import_fp8(codes, scales, block)
-        return Packed(spec, (codes.shape[0], codes.shape[1]), data)
+        if row is not None:
+            codes, scales = codes[0], scales[0]
+        return self._packed(key, codes, scales)
 
 
 class Mxfp4Codec:
@@ -111,9 +169,13 @@ class Mxfp4Codec:
         values: torch.Tensor = convert_moe_packed_tensors(blocks, scales)
         return values
 
-    def encode_exactly(self, key: str, row: int | None) -> Packed | None:
+    def dtype(self, key: str) -> torch.dtype:
+        """That of transformers' conversion."""
+        return torch.bfloat16
+
+    def encode_exactly(self, key: str, row: int | None, *, transposed: bool) -> Packed | None:
         """Blocks and scales of one expert, as they are."""
-        if row is None:
+        if row is None or not transposed:
             return None
         blocks, scales = (self._shards.read(member, slice(row, row + 1))[0] for member in self.members(key))
         spec, data = imported.import_mxfp4(blocks, scales)
@@ -121,7 +183,7 @@ class Mxfp4Codec:
 
 
 class Bnb4Codec:
-    """bitsandbytes 4-bit: ``X.weight`` packed, and beside it ``X.weight.absmax``, ``X.weight.quant_state...`` and others."""
+    """bitsandbytes 4-bit: ``X.weight`` packed, and beside it ``X.weight.absmax``, ``X.weight.quant_state...``."""
 
     MARKS = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 
@@ -159,12 +221,17 @@ class Bnb4Codec:
         values: torch.Tensor = dequantize_4bit(self._shards.read(key), self._state(key))
         return values if rows is None else values[rows]
 
-    def encode_exactly(self, key: str, row: int | None) -> Packed | None:
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype that was quantised."""
+        dtype: torch.dtype = self._state(key).dtype
+        return dtype
+
+    def encode_exactly(self, key: str, row: int | None, *, transposed: bool) -> Packed | None:
         """The same codes with fp32 scales (a doubly quantised absmax is expanded, which loses nothing)."""
         from bitsandbytes.functional import dequantize_blockwise
 
         state = self._state(key)
-        if row is not None or len(state.shape) != 2 or state.shape[1] % state.blocksize:
+        if row is not None or transposed or len(state.shape) != 2 or state.shape[1] % state.blocksize:
             return None
         absmax = state.absmax
         if state.nested:
@@ -178,6 +245,7 @@ class Bnb4Codec:
 
 _CODECS: dict[str, type[Fp8Codec] | type[Mxfp4Codec] | type[Bnb4Codec]] = {
     "fp8": Fp8Codec,
+    "mxfp8": Fp8Codec,
     "mxfp4": Mxfp4Codec,
     "bitsandbytes": Bnb4Codec,
 }
