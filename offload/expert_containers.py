@@ -113,22 +113,31 @@ def _containers(model: nn.Module) -> Iterator[ExpertContainer]:
             yield describe(name, module)
 
 
+def _unknown_experts(model: nn.Module, containers: list[ExpertContainer]) -> set[str]:
+    """Class names of what looks like experts and is in no container. Shared experts, which every token uses, are not."""
+    known = tuple(f"{container.name}." for container in containers)
+    unknown = set()
+    for name, module in model.named_modules():
+        class_name, attribute = type(module).__name__, name.rpartition(".")[2]
+        if f"{name}.".startswith(known) or "shared" in f"{class_name}.{attribute}".lower():
+            continue
+        stacked = any(param is not None and param.dim() == 3 for param in module._parameters.values())
+        if attribute == "experts" and next(module.parameters(), None) is not None:
+            children = list(module.children())
+            is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and children
+            unknown.add(type(children[0]).__name__ if is_list else class_name)
+        elif "Expert" in class_name and stacked:
+            unknown.add(class_name)
+    return unknown
+
+
 def find_expert_containers(model: nn.Module) -> list[ExpertContainer]:
     """All containers in the order of the model's modules; `UnsupportedModelError` names what is not known."""
     containers = list(_containers(model))
-    known = {id(container.module) for container in containers}
-    unknown = sorted(
-        {
-            type(module).__name__
-            for module in model.modules()
-            if id(module) not in known
-            and "Expert" in type(module).__name__
-            and any(param.dim() == 3 for param in module._parameters.values() if param is not None)
-        }
-    )
-    if unknown:
+    if unknown := sorted(_unknown_experts(model, containers)):
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds experts of a class that is not known here: {', '.join(unknown)}"
+            f"{type(model).__name__} holds experts of a class that is not known here: {', '.join(unknown)}; "
+            "run it with transformers itself"
         )
     if not containers:
         raise UnsupportedModelError(

@@ -18,7 +18,7 @@ from moe_offload.offload.conversion import Checkpoint, ConversionPlan, ExpertPar
 from moe_offload.offload.dense_linears import dense_linear_format
 from moe_offload.offload.expert_containers import find_expert_containers
 from moe_offload.offload.home import packs_dir
-from moe_offload.offload.pack_manifest import LayerLayout, PartSpec
+from moe_offload.offload.pack_manifest import LayerLayout, PartSpec, is_pack, read_manifest
 from moe_offload.offload.pack_writer import PackWriter
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.shard_file import DTYPE_NAMES
@@ -223,7 +223,8 @@ def pack_model(
 ) -> Path:
     """Pack the checkpoint ``model``, a folder or a hub id, into ``output`` (by default under the cache folder).
 
-    Resumes a pack that was interrupted with the same settings. Returns the folder of the pack.
+    Resumes a pack that was interrupted with the same settings, and leaves one that is finished as it is. Returns the
+    folder of the pack.
     Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
     """
     if dense_format != SOURCE and dense_format not in format_names():
@@ -231,6 +232,8 @@ def pack_model(
     source = open_source(model, revision=revision, token=token)
     expert_format = choose_expert_format(format, coded=source.is_quantized)
     folder = output or packs_dir() / pack_name(source, expert_format, dense_format)
+    if _is_finished(folder, source, expert_format, dense_format):
+        return folder
     plan = plan_packing(source)
     identity = {
         "source": source.name,
@@ -252,11 +255,21 @@ def pack_model(
                 expert_format=expert_format,
                 dense_format=dense_format,
                 created_by=f"moe-offload {VERSION}",
+                extra={"fingerprint": source.fingerprint},
             )
     finally:
         plan.checkpoint.shards.close()
         progress.finish()
     return folder
+
+
+def _is_finished(folder: Path, source: CheckpointSource, expert_format: str, dense_format: str) -> bool:
+    """Whether the folder holds the pack of this very checkpoint in these formats."""
+    if not is_pack(folder):
+        return False
+    manifest = read_manifest(folder)
+    found = (manifest.extra.get("fingerprint"), manifest.expert_format, manifest.dense_format)
+    return found == (source.fingerprint, expert_format, dense_format)
 
 
 def pack_name(source: CheckpointSource, expert_format: str, dense_format: str) -> str:

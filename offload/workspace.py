@@ -1,6 +1,6 @@
 """How many bytes one forward pass over a piece of a prompt takes beyond the weights and the cache.
 
-An upper estimate from shapes, following what transformers' plain torch code materialises. The terms that can be alive
+An upper estimate from shapes, checked against measured peaks, following what transformers' plain torch code materialises. The terms that can be alive
 together are added, those of different moments of a layer are compared: T tokens, C context, H hidden, V vocabulary.
 """
 
@@ -74,7 +74,7 @@ def workspace_bytes(
     growth_bytes = max(
         cache_bytes_per_layer(config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, chunk_tokens=tokens)
     )
-    mask_bytes = tokens * context_tokens * 8
+    mask_bytes = tokens * context_tokens * 14  # its making included
     logits_bytes = int(decoder.vocab_size) * 40  # the last token's, in fp32, and the copies and sorts of sampling
     mlp_bytes = _mlp_bytes(decoder, tokens, hidden_size, dtype_bytes, expert_rows)
     return stream_bytes + mask_bytes + max(attention_bytes + growth_bytes, mlp_bytes, logits_bytes)
@@ -100,6 +100,8 @@ def experts_per_token(decoder: Any) -> int:
             return value
         if isinstance(value, list) and value:  # Hunyuan gives one a layer
             return int(max(value))
+    if decoder.model_type == "switch_transformers":
+        return 1
     ffn = getattr(decoder, "ffn_config", None)  # DBRX
     return int(getattr(ffn, "moe_top_k", 2))
 
@@ -121,15 +123,17 @@ def _attention_bytes(layer: Any, tokens: int, context_tokens: int, dtype_bytes: 
     copies_bytes = tokens * (3 * heads * key_dim + 4 * kv_heads * head_dim + 2 * heads * value_dim) * dtype_bytes
     if latent:  # MLA expands the whole past to full heads, then joins the rotated part
         past_bytes = context_tokens * heads * 2 * (key_dim + value_dim) * dtype_bytes
-    elif kv_heads != heads:  # masked attention repeats the key-value heads
-        past_bytes = context_tokens * heads * (key_dim + value_dim) * dtype_bytes
+    elif kv_heads != heads:  # masked attention repeats the key-value heads, and its kernel packs them anew
+        past_bytes = context_tokens * heads * 2 * (key_dim + value_dim) * dtype_bytes
     else:
         past_bytes = 0
     scores = heads * tokens * context_tokens
     if eager:  # scaled, masked, joined with sinks, softmax in fp32
-        past_bytes += scores * (3 * dtype_bytes + 4)
+        past_bytes += scores * (4 * dtype_bytes + 4)
     elif key_dim != value_dim:  # torch's flash kernel for the CPU wants one width; without it halves become fp32
-        past_bytes += scores * (12 if dtype_bytes == 4 else 16)
+        halves = dtype_bytes < 4
+        past_bytes += scores * (16 if halves else 12)
+        past_bytes += context_tokens * heads * (key_dim + value_dim) * (8 if halves else 4)
     return int(copies_bytes + past_bytes)
 
 
