@@ -1,7 +1,9 @@
 """One MoE layer at run time: which rows go to which expert, and the sum of what comes back, in router order."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -23,12 +25,32 @@ class Predictor(Protocol):
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
 
 
+class StoppedError(Exception):
+    """Leaves a prompt in the middle because its generation was stopped; caught where the generation was begun."""
+
+
 @dataclass
 class StepState:
     """What the layers of a model share during a forward pass."""
 
     prefill: bool = False
     predictor: Predictor | None = None
+    _thread: threading.local = field(default_factory=threading.local)
+
+    @contextmanager
+    def stoppable(self, stopped: threading.Event) -> Iterator[None]:
+        """Let ``stopped`` end the prompts that this thread runs, at the next layer."""
+        self._thread.stopped = stopped
+        try:
+            yield
+        finally:
+            self._thread.stopped = None
+
+    def check_stopped(self) -> None:
+        """`StoppedError` if this thread is at a prompt and was stopped; a decode step is short and ends by itself."""
+        stopped = getattr(self._thread, "stopped", None)
+        if self.prefill and stopped is not None and stopped.is_set():
+            raise StoppedError
 
 
 class ExpertLayer:
@@ -48,6 +70,7 @@ class ExpertLayer:
         weights: Sequence[float] | None = None,
     ) -> None:
         """Call ``compute`` once for each expert as its weights become available, in no particular order."""
+        self._step.check_stopped()
         predictor = None if self._step.prefill else self._step.predictor
         self._residency.run(
             self.layer_idx,
@@ -65,7 +88,7 @@ class ExpertLayer:
         top_k_weights: torch.Tensor,
         expert_fn: ExpertFn,
     ) -> torch.Tensor:
-        """``sum_k weights[t, k] * expert[index[t, k]](x[t])``: ``x [T, H]``, index and weights ``[T, K]`` to ``[T, H]``.
+        """``sum_k weights[t, k] * expert[index[t, k]](x[t])``: ``x [T, H]``, index, weights ``[T, K]`` to ``[T, H]``.
 
         An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
         whatever order the experts' weights arrive in.

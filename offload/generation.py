@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from moe_offload.cache import StatsSnapshot
 from moe_offload.errors import ConfigError
+from moe_offload.offload.expert_layer import StepState, StoppedError
 from moe_offload.offload.lookahead import Lookahead, LookaheadCounts
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.residency import Residency
@@ -61,8 +62,32 @@ class Meter:
         )
 
 
+# Special tokens that say what is reasoning and what is answer (DeepSeek and Qwen, Mistral, gpt-oss).
+REASONING_MARKERS = (
+    *("<think>", "</think>", "[THINK]", "[/THINK]"),
+    *("<|channel|>", "<|message|>", "<|start|>", "<|end|>"),
+)
+
+
 class _Streamer(TextIteratorStreamer):  # type: ignore[misc]
-    """Text as it is made; an error of the generating thread reaches the reader."""
+    """Text as it is made, without special tokens; an error of the generating thread reaches the reader."""
+
+    def __init__(self, tokenizer: Any, *, skip_prompt: bool, keep_reasoning_markers: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=False)
+        kept = REASONING_MARKERS if keep_reasoning_markers else ()
+        self._hidden = torch.tensor(
+            [i for i in tokenizer.all_special_ids if tokenizer.convert_ids_to_tokens(i) not in kept], dtype=torch.long
+        )
+
+    def put(self, value: torch.Tensor) -> None:
+        """Token ids ``[n]`` or ``[1, n]``, the prompt's first."""
+        if self.skip_prompt and self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        shown = value.reshape(-1)
+        shown = shown[~torch.isin(shown, self._hidden)]
+        if len(shown):
+            super().put(shown)
 
     def fail(self, error: BaseException) -> None:
         self.text_queue.put(error)
@@ -105,8 +130,17 @@ def sampling_config(
 class Generator:
     """Runs answers on a model one after the other, or several at once from several threads."""
 
-    def __init__(self, model: Any, tokenizer: Any, meter: Meter, *, context_tokens: int, chunk_tokens: int) -> None:
-        self._model, self._tokenizer, self._meter = model, tokenizer, meter
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        meter: Meter,
+        step: StepState,
+        *,
+        context_tokens: int,
+        chunk_tokens: int,
+    ) -> None:
+        self._model, self._tokenizer, self._meter, self._step = model, tokenizer, meter, step
         self._context_tokens, self._chunk_tokens = context_tokens, chunk_tokens
         self._running: set[_Clock] = set()
         self._lock = threading.Lock()
@@ -115,28 +149,27 @@ class Generator:
         self.time_to_first_token_s = self.decode_s = 0.0
 
     def stop(self) -> None:
-        """Every running answer ends after the token it is at."""
+        """Every running answer ends after the token it is at, or at the next layer if it is still at its prompt."""
         with self._lock:
             for clock in self._running:
                 clock.stopped.set()
 
     def text(self, inputs: Any, *, seed: int | None = None, **sampling: Any) -> str:
         """The whole answer."""
-        output, prompt_tokens = self._run(inputs, seed, sampling, None, _Clock())
-        new_tokens = output[0] if self._model.config.is_encoder_decoder else output[0, prompt_tokens:]
+        new_tokens = self._run(inputs, seed, sampling, None, self._begin())
         text: str = self._tokenizer.decode(new_tokens, skip_special_tokens=True)
         return text
 
     def stream(
-        self, inputs: Any, *, skip_special_tokens: bool = True, seed: int | None = None, **sampling: Any
+        self, inputs: Any, *, keep_reasoning_markers: bool = False, seed: int | None = None, **sampling: Any
     ) -> Iterator[str]:
         """The answer in pieces of text. Leaving the iterator early stops it."""
         streamer = _Streamer(
             self._tokenizer,
             skip_prompt=not self._model.config.is_encoder_decoder,
-            skip_special_tokens=skip_special_tokens,
+            keep_reasoning_markers=keep_reasoning_markers,
         )
-        clock = _Clock()
+        clock = self._begin()
 
         def generate() -> None:
             try:
@@ -152,10 +185,40 @@ class Generator:
             clock.stopped.set()
             thread.join()
 
+    def _begin(self) -> _Clock:
+        """The clock of an answer, which `stop` reaches from now on."""
+        clock = _Clock()
+        with self._lock:
+            self._running.add(clock)
+        return clock
+
     def _run(
         self, inputs: Any, seed: int | None, sampling: dict[str, Any], streamer: Any, clock: _Clock
-    ) -> tuple[torch.Tensor, int]:
+    ) -> torch.Tensor:
+        """The ids of the new tokens ``[n]``."""
         prompt_tokens = int(inputs["input_ids"].shape[1])
+        earlier = self._meter.read()
+        try:
+            config = self._config(prompt_tokens, sampling)
+            self._meter.residency.new_sequence()
+            if seed is not None:
+                torch.manual_seed(seed)
+            with torch.inference_mode(), self._step.stoppable(clock.stopped):
+                output: torch.Tensor = self._model.generate(
+                    **inputs.to(self._model.device),
+                    generation_config=config,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                )
+            return output[0] if self._model.config.is_encoder_decoder else output[0, prompt_tokens:]
+        except StoppedError:  # in the prompt, before there was a token
+            if streamer is not None:
+                streamer.end()
+            return torch.empty(0, dtype=torch.long)
+        finally:
+            self._report(clock, prompt_tokens, earlier)
+
+    def _config(self, prompt_tokens: int, sampling: dict[str, Any]) -> GenerationConfig:
         room_tokens = self._context_tokens - prompt_tokens
         if room_tokens < 1:
             raise ConfigError(
@@ -166,23 +229,7 @@ class Generator:
         config = sampling_config(self._model.generation_config, **sampling)
         if self._may_chunk(prompt_tokens):
             config.prefill_chunk_size = self._chunk_tokens
-        with self._lock:
-            self._running.add(clock)
-        earlier = self._meter.read()
-        self._meter.residency.new_sequence()
-        try:
-            if seed is not None:
-                torch.manual_seed(seed)
-            with torch.inference_mode():
-                output: torch.Tensor = self._model.generate(
-                    **inputs.to(self._model.device),
-                    generation_config=config,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([clock]),
-                )
-            return output, prompt_tokens
-        finally:
-            self._report(clock, prompt_tokens, earlier)
+        return config
 
     def _may_chunk(self, prompt_tokens: int) -> bool:
         """A long prompt goes through in pieces, unless the model carries a state that its pieces would not pass on."""

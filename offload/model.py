@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 from moe_offload.cache import ExpertCache, policy_names
@@ -84,6 +85,7 @@ class OffloadedModel:
             self.model,
             tokenizer,
             self._meter,
+            loaded.step,
             context_tokens=plan.context_tokens,
             chunk_tokens=plan.prefill_chunk_tokens,
         )
@@ -231,11 +233,15 @@ class OffloadedModel:
         return self._generator.text(self._encode_chat(messages), **({"max_new_tokens": 256} | _sampling(sampling)))
 
     def stream_chat(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:
-        """As `chat`, in pieces as they are made."""
-        return self._generator.stream(self._encode_chat(messages), **({"max_new_tokens": 256} | _sampling(sampling)))
+        """As `chat`, in pieces as they are made; marks that tell reasoning from the answer (``<think>``) stay in."""
+        return self._generator.stream(
+            self._encode_chat(messages),
+            keep_reasoning_markers=True,
+            **({"max_new_tokens": 256} | _sampling(sampling)),
+        )
 
     def stop(self) -> None:
-        """End every running generation after the token it is at; from any thread."""
+        """End every running generation, after the token it is at or in the middle of its prompt; from any thread."""
         self._generator.stop()
 
     def _encode(self, prompt: str) -> Any:
@@ -249,9 +255,12 @@ class OffloadedModel:
     def _encode_chat(self, messages: list[dict[str, str]]) -> Any:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ConfigError("the model has no chat template: it is not made for chat; use generate (--raw)")
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
 
     # -- figures --
 
