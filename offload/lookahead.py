@@ -2,9 +2,11 @@
 
 A residual stream changes little from one layer to the next, so a later layer's norm and router, applied to this
 layer's residual, mostly choose what they will choose when their turn comes (Eliseev and Mazur 2023, arXiv 2312.17238).
-Which norm feeds which router is found out during the first forward pass, by the storage that one hands to the other.
+Which norm feeds which router is found out during the first forward pass, by the storage that one hands to the other;
+a router that no norm feeds takes the residual itself.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,25 +20,29 @@ from moe_offload.offload.residency import Residency
 _ROUTER_NAMES = ("gate", "router")
 # A step of more rows than this is a prompt or a large batch: it touches most experts, so there is nothing to predict.
 MAX_PREDICTED_ROWS = 8
+# A router runs soon after its norm, so only the last outputs need to be kept to tell whose it was given.
+_RECENT_NORMS = 8
 
 
 @dataclass
 class _RouterSite:
-    """A layer's router, the norm before it, and what they were given last."""
+    """A layer's router, the norm before it, if any, and what they were given last."""
 
     router: Any
     num_experts: int
     top_k: int
+    is_known: bool = False  # the first forward pass has told what the router needs
     norm: Any = None
+    constants: tuple[torch.Tensor | None, ...] = ()  # what the router takes besides the hidden states
     residual: torch.Tensor | None = None
     takes_rows: bool = True  # the router's input is [T, H]; else [B, S, H]
 
     def predict(self, residual: torch.Tensor) -> torch.Tensor | None:
         """The experts ``[T, K]`` that this router would choose for another layer's residual ``[B, S, H]``."""
-        normed = self.norm.forward(residual)
+        normed = residual if self.norm is None else self.norm.forward(residual)
         if self.takes_rows:
             normed = normed.reshape(-1, residual.shape[-1])
-        output = self.router.forward(normed)  # past the hooks: recorders must not see a guess
+        output = self.router.forward(normed, *self.constants)  # past the hooks: recorders must not see a guess
         outputs = output if isinstance(output, tuple) else (output,)
         tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
         for value in tensors:
@@ -84,32 +90,33 @@ class Lookahead:
             if router is not None:
                 self._sites[layer_idx] = _RouterSite(router, num_experts, top_k[layer_idx])
         self._probes: list[RemovableHandle] = []
-        self._norm_at: dict[int, Any] = {}
-        self._kept: list[torch.Tensor] = []
+        self._recent_norms: deque[tuple[torch.Tensor, nn.Module]] = deque(maxlen=_RECENT_NORMS)
         self._begin_probe(model)
 
     @property
     def num_sites(self) -> int:
         """Layers whose router can be asked ahead of time (known after the first forward pass)."""
-        return sum(site.norm is not None for site in self._sites.values())
+        return sum(site.is_known for site in self._sites.values())
 
     # -- the first forward pass --
 
     def _begin_probe(self, model: nn.Module) -> None:
         def norm_done(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                self._norm_at[output.data_ptr()] = module
-                self._kept.append(output)  # kept alive, so that no later tensor has its address
+                self._recent_norms.append((output, module))  # kept alive, so that no later tensor has its address
 
         for module in model.modules():
             if "norm" in type(module).__name__.lower():
                 self._probes.append(module.register_forward_hook(norm_done))
+        constants = {id(tensor) for tensor in [*model.parameters(), *model.buffers(), None]}
         for site in self._sites.values():
 
             def router_called(module: nn.Module, args: tuple[Any, ...], site: _RouterSite = site) -> None:
-                if len(args) == 1 and isinstance(args[0], torch.Tensor):  # what else it needs is not known ahead
-                    site.norm = self._norm_at.get(args[0].data_ptr())
-                    site.takes_rows = args[0].dim() == 2
+                # What changes from token to token besides the hidden states is not known ahead.
+                if args and isinstance(args[0], torch.Tensor) and all(id(value) in constants for value in args[1:]):
+                    address = args[0].data_ptr()
+                    site.is_known, site.constants, site.takes_rows = True, args[1:], args[0].dim() == 2
+                    site.norm = next((norm for out, norm in self._recent_norms if out.data_ptr() == address), None)
 
             self._probes.append(site.router.register_forward_pre_hook(router_called))
         self._probes.append(model.register_forward_hook(lambda *_: self._end_probe()))
@@ -118,11 +125,11 @@ class Lookahead:
         for probe in self._probes:
             probe.remove()
         self._probes.clear()
-        self._norm_at.clear()
-        self._kept.clear()
+        self._recent_norms.clear()
         for site in self._sites.values():
-            if site.norm is not None:
-                site.norm.register_forward_pre_hook(self._residual_recorder(site))
+            if site.is_known:
+                source = site.router if site.norm is None else site.norm
+                source.register_forward_pre_hook(self._residual_recorder(site))
 
     def _residual_recorder(self, site: _RouterSite) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -151,7 +158,7 @@ class Lookahead:
             return
         for ahead in range(1, self.depth + 1):
             target = self._sites.get(layer_idx + ahead)
-            if target is None or target.norm is None or layer_idx + ahead in self._predicted:
+            if target is None or not target.is_known or layer_idx + ahead in self._predicted:
                 continue
             index = target.predict(residual)
             if index is None:
