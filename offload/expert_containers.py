@@ -116,10 +116,11 @@ def _containers(model: nn.Module) -> Iterator[ExpertContainer]:
 def _unknown_experts(model: nn.Module, containers: list[ExpertContainer]) -> set[str]:
     """Class names of what looks like experts and is in no container. Shared experts, which every token uses, are not."""
     known = tuple(f"{container.name}." for container in containers)
+    around = {name[: i + 1] for name in known for i, letter in enumerate(name) if letter == "."}
     unknown = set()
     for name, module in model.named_modules():
         class_name, attribute = type(module).__name__, name.rpartition(".")[2]
-        if f"{name}.".startswith(known) or "shared" in f"{class_name}.{attribute}".lower():
+        if f"{name}.".startswith(known) or f"{name}." in around or "shared" in f"{class_name}.{attribute}".lower():
             continue
         stacked = any(param is not None and param.dim() == 3 for param in module._parameters.values())
         if attribute == "experts" and next(module.parameters(), None) is not None:
