@@ -1,7 +1,8 @@
 """How fast experts come from the disk through the reader, beside plain O_DIRECT reads of the same file.
 
 Each line: experts of one size, all read once in order, eight in flight (as the misses of a layer are). The plain rates
-are one thread, and as many threads as the reader has, reading 4 MiB pieces into one buffer each.
+are of 4 MiB pieces: by one thread into ordinary memory, as dd does it, into huge pages, which a slab has too and which
+give the disk larger requests, and by as many threads as the reader has.
 """
 
 import argparse
@@ -37,14 +38,16 @@ def write_pack(folder: Path, slot_bytes: int, num_experts: int) -> tuple[PackMan
     return manifest, manifest.expert_bytes / MIB / took_s
 
 
-def plain_rate(path: Path, num_threads: int) -> float:
+def plain_rate(path: Path, num_threads: int, huge_pages: bool) -> float:
     """MiB/s of O_DIRECT preads, each thread on the next piece of the file."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     pieces = itertools.count()
     total_bytes = os.fstat(fd).st_size
 
     def read() -> None:
-        buffer = mmap.mmap(-1, PIECE_BYTES)
+        buffer = mmap.mmap(-1, PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if huge_pages:
+            buffer.madvise(mmap.MADV_HUGEPAGE)
         while (offset_bytes := next(pieces) * PIECE_BYTES) < total_bytes:
             os.preadv(fd, [buffer], offset_bytes)
 
@@ -91,7 +94,7 @@ def main() -> None:
     parser.add_argument("--expert-mib", type=int, nargs="+", default=[4, 16, 94])
     parser.add_argument("--repeats", type=int, default=3, help="the median is shown")
     options = parser.parse_args()
-    columns = ("expert", "written", "plain x1", f"plain x{options.threads}", "verified", "verify off")
+    columns = ("expert", "written", "plain x1", "huge x1", f"huge x{options.threads}", "verified", "verify off")
     print("".join(f"{column:>11}" for column in columns))
     for expert_mib in options.expert_mib:
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -102,10 +105,11 @@ def main() -> None:
             for _ in range(options.repeats):
                 first, direct = reader_rate(manifest, folder, options.threads, "first")
                 off, _ = reader_rate(manifest, folder, options.threads, "off")
-                rates.append((plain_rate(path, 1), plain_rate(path, options.threads), first, off))
-            one, many, first, off = (sorted(column)[len(column) // 2] for column in zip(*rates, strict=True))
+                plain = (plain_rate(path, 1, False), plain_rate(path, 1, True), plain_rate(path, options.threads, True))
+                rates.append((*plain, first, off))
+            medians = [sorted(column)[len(column) // 2] for column in zip(*rates, strict=True)]
         note = "" if direct else "  (O_DIRECT refused: through the page cache)"
-        print(f"{expert_mib:>7} MiB{written:>11.0f}{one:>11.0f}{many:>11.0f}{first:>11.0f}{off:>11.0f}  MiB/s{note}")
+        print(f"{expert_mib:>7} MiB" + "".join(f"{rate:>11.0f}" for rate in (written, *medians)) + f"  MiB/s{note}")
 
 
 if __name__ == "__main__":

