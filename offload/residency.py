@@ -158,8 +158,11 @@ class Residency:
             num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
 
     def _compute(self, layer_idx: int, expert_idx: int, slot: int, compute: Compute) -> None:
-        compute(expert_idx, self._tier.use(layer_idx, slot))
-        self._tier.used(layer_idx, slot)
+        weights = self._tier.use(layer_idx, slot)
+        try:
+            compute(expert_idx, weights)
+        finally:
+            self._tier.used(layer_idx, slot)  # also if it failed midway: what it has launched still reads the slot
 
     def _next(self, arrivals: _Arrivals) -> _Arrival:
         try:

@@ -1,18 +1,19 @@
 """Every error this project raises for a reason that a user can act on.
 
-    MoeOffloadError
-    ├── ConfigError            an option or argument is wrong (also a ValueError)
-    ├── BudgetError            the memory given is too small; says the smallest that works
-    ├── UnsupportedModelError  no experts, or experts of a class that is not known
-    ├── SourceError            the checkpoint cannot be read: missing, truncated, inconsistent, not downloadable
-    │   └── UnsupportedQuantizationError   the checkpoint's quantisation is not one we can read
-    ├── FormatError            a weight cannot be held in the format asked for
-    ├── DiskFullError          not enough room to write a pack
-    ├── PackError              an expert pack cannot be used
-    │   ├── PackIncompleteError    packing was not finished
-    │   ├── PackVersionError       written by another version of the format
-    │   └── PackCorruptError       damaged: missing or truncated file, wrong checksum, manifest that does not add up
-    └── ExpertReadError        the disk failed while an expert was read, after retries
+MoeOffloadError
+├── ConfigError            an option or argument is wrong (also a ValueError)
+├── BudgetError            the memory given is too small; says the smallest that works
+├── UnsupportedModelError  no experts, or experts of a class that is not known
+├── SourceError            the checkpoint cannot be read: missing, truncated, inconsistent, not downloadable
+│   └── UnsupportedQuantizationError   the checkpoint's quantisation is not one we can read
+├── FormatError            a weight cannot be held in the format asked for
+├── DiskFullError          not enough room to write a pack
+├── PackError              an expert pack cannot be used
+│   ├── PackIncompleteError    packing was not finished
+│   ├── PackVersionError       written by another version of the format
+│   └── PackCorruptError       damaged: missing or truncated file, wrong checksum, manifest that does not add up
+├── ExpertReadError        the disk failed while an expert was read, after retries
+└── ExpertCopyError        the device failed while an expert was copied to it
 """
 
 
@@ -74,3 +75,7 @@ class PackCorruptError(PackError):
 
 class ExpertReadError(MoeOffloadError):
     """The disk failed while an expert was read, after retries."""
+
+
+class ExpertCopyError(MoeOffloadError):
+    """The device failed while an expert was copied to it."""

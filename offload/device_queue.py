@@ -1,0 +1,54 @@
+"""What a device does in its own time: streams of copies and kernels, and the events that order them."""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A mark in a stream. One that was never recorded counts as reached."""
+
+    def is_over(self) -> bool:
+        """Whether the device has come past the mark; does not wait."""
+
+    def wait(self) -> None:
+        """Block this thread until it has. Raises ExpertCopyError if the device has failed."""
+
+
+class DeviceQueue(Protocol):
+    """One device: a stream that copies from the host, and the streams that callers compute on.
+
+    A stream does one thing after the other; streams know nothing of each other but what `copy` and `wait` tell them.
+    Nothing here waits for the device except where it says so. Every method may be called from any thread.
+    """
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        """``uint8 [size_bytes]`` on the device, which copies may write to; raises BudgetError."""
+
+    def new_event(self) -> Event:
+        """A mark that is not in any stream yet."""
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, *, after: Iterable[Event], event: Event) -> None:
+        """Host to device on the copy stream, behind what it has to do already and the events ``after``.
+
+        ``event`` is recorded behind it. Until that is over, ``source`` must not change. Raises ExpertCopyError.
+        """
+
+    def stream(self) -> Hashable:
+        """The stream that this thread launches kernels on."""
+
+    def wait(self, event: Event) -> None:
+        """This thread's stream goes on only when the event is over."""
+
+    def record(self, event: Event) -> None:
+        """Put the mark behind all that was launched on this thread's stream."""
+
+    def when_over(self, event: Event, call: Callable[[], None]) -> None:
+        """Call back after a recorded event is over, or the device has failed: on another thread, never from in here."""
+
+    def forget_error(self) -> None:
+        """Clear what a refused page-locking has left behind as the device's last error."""
+
+    def close(self) -> None:
+        """Wait for the copies, not for the kernels; no more calls back afterwards. May be called twice."""

@@ -1,0 +1,170 @@
+"""Experts with known bytes, a `CudaTier` on a fake device that reads them, and a `Residency` that drives it."""
+
+import queue
+import random
+from collections import deque
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from fake_reader import FakeReader
+
+from moe_offload.cache import ExpertCache
+from moe_offload.offload import residency as residency_module
+from moe_offload.offload.cuda_tier import CudaTier
+from moe_offload.offload.expert_weights import ExpertWeights
+from moe_offload.offload.pack_manifest import LayerLayout, LayerSpec, PackManifest
+from moe_offload.offload.residency import Residency
+
+PAGE = 4096
+
+
+class FakeCudaHost:
+    """Page-locks anything, or nothing past ``limit_bytes``."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.pinned: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
+        if self.limit_bytes is not None and sum(self.pinned.values()) + size_bytes > self.limit_bytes:
+            return 2
+        self.pinned[address] = size_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def make_manifest(num_experts: Sequence[int], num_pages: Sequence[int]) -> PackManifest:
+    """A pack without files; an expert is one bf16 part that fills its slot."""
+    layers = []
+    for layer_idx, (experts, pages) in enumerate(zip(num_experts, num_pages, strict=True)):
+        layout = LayerLayout.of(
+            f"layers.{layer_idx}", experts, [("weight", (pages * PAGE // 2,), "bf16", pages * PAGE)]
+        )
+        layers.append(
+            LayerSpec(
+                layout.module, experts, layout.slot_bytes, layout.parts, f"{layer_idx}", PAGE, ("0" * 16,) * experts
+            )
+        )
+    return PackManifest("tiny", None, "bf16", "source", "tests", tuple(layers), (), {})
+
+
+def bytes_of(weights: ExpertWeights) -> torch.Tensor:
+    """The slot itself, to look at later."""
+    return weights.tensor("weight", torch.bfloat16).view(torch.uint8)
+
+
+class World:
+    """Everything that happens beside the thread under test. That thread is the only one: where it would block, the
+    world goes on instead, so a run follows from its seed alone.
+    """
+
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        *,
+        num_experts: Sequence[int],
+        num_slots: Sequence[int],
+        num_host_slots: Sequence[int],
+        num_pages: Sequence[int] | None = None,
+        num_staging_slots: int = 2,
+        num_host_staging_slots: int = 2,
+        seed: int = 0,
+        failing: float = 0.0,
+        cuda_host: Any = None,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.device = FakeDevice(seed)
+        manifest = make_manifest(num_experts, num_pages or [1] * len(num_experts))
+        self.blobs = {
+            (layer_idx, expert_idx): self.random.randbytes(layer.slot_bytes)
+            for layer_idx, layer in enumerate(manifest.layers)
+            for expert_idx in range(layer.num_experts)
+        }
+        self.reader = FakeReader(self.blobs, self.device, seed, failing)
+        world = self
+
+        class PumpedQueue:
+            """A `queue.SimpleQueue` whose reader lets the world go on instead of blocking."""
+
+            def __init__(self) -> None:
+                self.items: deque[Any] = deque()
+                self.put = self.items.append
+
+            def get(self, block: bool = True) -> Any:
+                world.drift()
+                while not self.items:
+                    if not block:
+                        raise queue.Empty
+                    assert world.step(), "a step waits for what nobody brings"
+                return self.items.popleft()
+
+            def get_nowait(self) -> Any:
+                return self.get(block=False)
+
+        patch.setattr(residency_module, "queue", SimpleNamespace(SimpleQueue=PumpedQueue, Empty=queue.Empty))
+        self.tier = CudaTier(
+            manifest,
+            self.reader,  # type: ignore[arg-type]
+            self.device,
+            num_slots=num_slots,
+            num_staging_slots=num_staging_slots,
+            num_host_slots=num_host_slots,
+            num_host_staging_slots=num_host_staging_slots,
+            cuda_host=cuda_host or FakeCudaHost(),
+        )
+        self.cache = ExpertCache(num_experts, num_slots)
+        self.residency = Residency(self.cache, self.tier)
+        self.num_checked = 0
+        self.wrong: list[str] = []
+
+    def step(self) -> bool:
+        """The device or the disk does one thing; False if neither has anything to do."""
+        first, second = self.random.sample([self.device.step, self.reader.step], 2)
+        return first() or second()
+
+    def drift(self) -> None:
+        """A few steps, or none."""
+        while self.random.random() < 0.6 and self.step():
+            pass
+
+    def finish(self) -> None:
+        """Until nothing is left to do."""
+        while self.step():
+            pass
+
+    def launch(self, layer_idx: int, expert_idx: int, weights: ExpertWeights) -> None:
+        """A kernel that wants exactly this expert's bytes."""
+        data = bytes_of(weights)
+        expected = torch.frombuffer(bytearray(self.blobs[layer_idx, expert_idx]), dtype=torch.uint8)
+
+        def check(when: str) -> None:
+            self.num_checked += 1
+            if not torch.equal(data, expected):
+                self.wrong.append(f"expert {expert_idx} of layer {layer_idx} at the kernel's {when}")
+
+        self.device.kernel(data, check)
+
+    def run(self, layer_idx: int, expert_ids: Sequence[int], **kwargs: Any) -> list[int]:
+        """A step that launches one kernel for each expert; the order in which it did."""
+        order: list[int] = []
+
+        def compute(expert_idx: int, weights: ExpertWeights) -> None:
+            order.append(expert_idx)
+            self.launch(layer_idx, expert_idx, weights)
+
+        self.residency.run(layer_idx, expert_ids, compute, **kwargs)
+        return order
+
+    def check(self) -> None:
+        """Nothing went wrong so far."""
+        assert not self.wrong
+        assert not self.device.hazards
+        self.cache.check_integrity()
+        self.tier.host.check_integrity()

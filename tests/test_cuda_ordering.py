@@ -1,0 +1,130 @@
+"""Random steps and prefetches through residency and the CUDA tier, on a device that does things as late as it likes."""
+
+from typing import Any
+
+import pytest
+from fake_world import World
+
+from moe_offload.errors import ExpertReadError
+
+SEEDS_PER_TEST = 50
+
+
+def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> World:
+    """Small enough that slots are always short somewhere."""
+    import random
+
+    draw = random.Random(seed)
+    num_layers = draw.randint(1, 3)
+    num_experts = [draw.randint(2, 6) for _ in range(num_layers)]
+    return World(
+        patch,
+        num_experts=num_experts,
+        num_slots=[draw.randint(1, n) for n in num_experts],
+        num_host_slots=[draw.choice([0, draw.randint(1, n), n]) for n in num_experts],
+        num_pages=[draw.choice([1, 2]) for _ in num_experts],
+        num_staging_slots=draw.randint(1, 3),
+        num_host_staging_slots=draw.randint(1, 4),
+        seed=seed,
+        failing=failing,
+    )
+
+
+class InterruptedStepError(Exception):
+    """The model's own code failed in the middle of an expert."""
+
+
+def random_step(world: World, num_experts: int, layer_idx: int) -> None:
+    draw = world.random
+    expert_ids = draw.sample(range(num_experts), draw.randint(1, num_experts))
+    breaks = draw.random() < 0.05
+    computed: list[int] = []
+
+    def compute(expert_idx: int, weights: Any) -> None:
+        computed.append(expert_idx)
+        world.launch(layer_idx, expert_idx, weights)
+        world.drift()
+        if breaks:
+            raise InterruptedStepError
+        if draw.random() < 0.2:
+            random_prefetch(world)
+
+    try:
+        world.residency.run(
+            layer_idx,
+            expert_ids,
+            compute,
+            prefill=draw.random() < 0.3,
+            issued=(lambda: random_prefetch(world)) if draw.random() < 0.5 else None,
+        )
+    except ExpertReadError:
+        assert world.reader.failing
+    except InterruptedStepError:
+        assert breaks
+    else:
+        assert sorted(computed) == sorted(expert_ids)
+
+
+def random_prefetch(world: World) -> None:
+    draw = world.random
+    layer_idx = draw.randrange(world.cache.num_layers)
+    num_experts = len([key for key in world.blobs if key[0] == layer_idx])
+    guess = draw.sample(range(num_experts), draw.randint(1, num_experts))
+    if draw.random() < 0.3:
+        world.residency.cancel_prefetches(layer_idx, guess)
+    else:
+        world.residency.prefetch(layer_idx, guess)
+
+
+def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> World:
+    world = random_world(patch, seed, failing)
+    for _ in range(12):
+        world.device.current = world.random.choice(["compute", "compute", "another stream"])
+        layer_idx = world.random.randrange(world.cache.num_layers)
+        num_experts = len([key for key in world.blobs if key[0] == layer_idx])
+        random_step(world, num_experts, layer_idx)
+        world.drift()
+        if world.random.random() < 0.4:
+            random_prefetch(world)
+    return world
+
+
+@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("failing", [0.0, 0.1])
+def test_kernels_see_their_experts(block: int, failing: float):
+    num_checked = 0
+    for seed in range(block * SEEDS_PER_TEST, (block + 1) * SEEDS_PER_TEST):
+        with pytest.MonkeyPatch.context() as patch:
+            world = random_run(patch, seed, failing)
+            world.finish()
+            world.check()
+            assert world.device.is_idle
+            assert not world.reader.reads
+            assert world.num_checked % 2 == 0
+            num_checked += world.num_checked
+            # All staging is back, and everything can still be had.
+            world.reader.failing = 0.0
+            for layer_idx in range(world.cache.num_layers):
+                everything = [key[1] for key in world.blobs if key[0] == layer_idx]
+                assert sorted(world.run(layer_idx, everything)) == everything
+            world.residency.close()
+            world.finish()
+            world.check()
+    assert num_checked > 1000
+
+
+@pytest.mark.parametrize("block", range(2))
+def test_closing_in_flight(block: int):
+    """Whatever is under way when the model is closed ends, and nothing is written anywhere afterwards."""
+    for seed in range(block * SEEDS_PER_TEST, (block + 1) * SEEDS_PER_TEST):
+        with pytest.MonkeyPatch.context() as patch:
+            world = random_run(patch, seed)
+            random_prefetch(world)
+            world.drift()
+            world.residency.close()
+            assert not world.reader.reads
+            world.finish()
+            assert not world.wrong
+            assert not world.device.hazards
+            with pytest.raises(ExpertReadError, match="closed"):
+                world.tier.host.fetch(0, 0, speculative=False, keep=True, landed=print, failed=print)
