@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_offload.offload.pack_manifest import PartSpec
+from moe_offload.errors import FormatError, PackCorruptError
+from moe_offload.offload.pack_manifest import REPACK, PartSpec
 from moe_offload.quant import Format, get_format
 
 
@@ -21,8 +22,18 @@ class PartLayout:
     """The parts of one layer's experts by parameter name; pieces ``name#0``, ``name#1`` are stacked by rows."""
 
     def __init__(self, parts: Sequence[PartSpec]) -> None:
+        """`PackCorruptError` if a part has not the size that its format gives to its shape."""
         self.pieces: dict[str, list[_Piece]] = {}
         for part in parts:
+            try:
+                size_bytes = get_format(part.format).nbytes(part.shape)
+            except FormatError as error:
+                raise PackCorruptError(f"part {part.name!r}: {error}; {REPACK}") from error
+            if size_bytes != part.size_bytes:
+                raise PackCorruptError(
+                    f"part {part.name!r} has {part.size_bytes} bytes; {part.format} of shape {part.shape} takes "
+                    f"{size_bytes}; {REPACK}"
+                )
             piece = _Piece(get_format(part.format), part.shape, part.offset_bytes, part.offset_bytes + part.size_bytes)
             self.pieces.setdefault(part.name.partition("#")[0], []).append(piece)
 
