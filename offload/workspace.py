@@ -1,7 +1,7 @@
 """How many bytes one forward pass over a piece of a prompt takes beyond the weights and the cache.
 
-An upper estimate from shapes, checked against measured peaks, following what transformers' plain torch code materialises. The terms that can be alive
-together are added, those of different moments of a layer are compared: T tokens, C context, H hidden, V vocabulary.
+An upper estimate from shapes, checked against measured peaks, of what transformers' plain torch code materialises.
+Terms that can be alive together are added, those of different moments of a layer compared.
 """
 
 from typing import Any
@@ -74,7 +74,7 @@ def workspace_bytes(
     growth_bytes = max(
         cache_bytes_per_layer(config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, chunk_tokens=tokens)
     )
-    mask_bytes = tokens * context_tokens * 14  # its making included
+    mask_bytes = tokens * context_tokens * 24  # as measured: its making, and the kernel's own copy
     logits_bytes = int(decoder.vocab_size) * 40  # the last token's, in fp32, and the copies and sorts of sampling
     mlp_bytes = _mlp_bytes(decoder, tokens, hidden_size, dtype_bytes, expert_rows)
     return stream_bytes + mask_bytes + max(attention_bytes + growth_bytes, mlp_bytes, logits_bytes)
@@ -121,12 +121,11 @@ def _attention_bytes(layer: Any, tokens: int, context_tokens: int, dtype_bytes: 
         key_dim, value_dim = layer.qk_nope_head_dim + layer.qk_rope_head_dim, layer.v_head_dim
     # Queries, keys, values, their rotated copies, and the output before and after its transposition.
     copies_bytes = tokens * (3 * heads * key_dim + 4 * kv_heads * head_dim + 2 * heads * value_dim) * dtype_bytes
-    if latent:  # MLA expands the whole past to full heads, then joins the rotated part
+    # MLA expands the whole past to full heads, then joins the rotated part; grouped key-value heads are repeated
+    # where there is a mask, and the kernel packs them anew.
+    past_bytes = 0
+    if latent or kv_heads != heads:
         past_bytes = context_tokens * heads * 2 * (key_dim + value_dim) * dtype_bytes
-    elif kv_heads != heads:  # masked attention repeats the key-value heads, and its kernel packs them anew
-        past_bytes = context_tokens * heads * 2 * (key_dim + value_dim) * dtype_bytes
-    else:
-        past_bytes = 0
     scores = heads * tokens * context_tokens
     if eager:  # scaled, masked, joined with sinks, softmax in fp32
         past_bytes += scores * (4 * dtype_bytes + 4)
