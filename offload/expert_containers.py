@@ -114,7 +114,7 @@ def _containers(model: nn.Module) -> Iterator[ExpertContainer]:
 
 
 def _unknown_experts(model: nn.Module, containers: list[ExpertContainer]) -> set[str]:
-    """Class names of what looks like experts and is in no container. Shared experts, which every token uses, are not."""
+    """Class names of what looks like experts and is in no container; shared experts, which every token uses, do not."""
     known = tuple(f"{container.name}." for container in containers)
     around = {name[: i + 1] for name in known for i, letter in enumerate(name) if letter == "."}
     unknown = set()

@@ -213,8 +213,97 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ENCODER_DECODERS = frozenset({"switch_transformers", "nllb_moe"})
 
+# What the families below take of this is decided by the fields of their configurations.
+_COMMON: dict[str, Any] = {
+    **_BASE,
+    **_EIGHT,
+    **_HEAD8,
+    **_MLA,
+    **_GROUPED,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "n_group": 1,
+    "n_shared_experts": 1,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+}
+_TINY_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+# Families beyond those that must be served: model_type -> what is special.
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "axk1": {},
+    "axk2": {},
+    "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
+    "beam": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "cohere2_moe": {},
+    "deepseek_v32": {},
+    "dots3_note_text": {},
+    "flint": {},
+    "glm4_moe_lite": {},
+    "glm_moe_dsa": {},
+    "granitemoe_swa": {},
+    "granitemoeshared": {},
+    "hy_v3": {},
+    "hy_v4": {},
+    "inkling2_text": {},
+    "inkling_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    "kimi_linear": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
+    "kolibri1": {},
+    "laguna": {},
+    "llama4": {
+        "text_config": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
+        "vision_config": {
+            **_TINY_VISION,
+            "image_size": 16,
+            "patch_size": 4,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minimax_m3_vl_text": {},
+    "qwen3_vl_moe": {
+        "text_config": {**_COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "depth": 1,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "step3p7": {
+        "text_config": {
+            **_COMMON,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 16,
+            "share_expert_dim": 24,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "swiglu_limits": [None, None, 0.5],
+        },
+        "vision_config": _TINY_VISION,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+
 
 def make_config(name: str, **overrides: Any) -> PreTrainedConfig:
     """A fresh configuration of one family, some of its values replaced."""
+    if name in MORE_FAMILIES:
+        default = AutoConfig.for_model(name)
+        known = vars(default).keys() | type(default).attribute_map.keys()
+        common = {key: value for key, value in _COMMON.items() if key in known}
+        if "kv_lora_rank" in common:
+            common["num_key_value_heads"] = 4
+        return AutoConfig.for_model(name, **(common | MORE_FAMILIES[name] | overrides))
     model_type, kwargs = FAMILIES[name]
     return AutoConfig.for_model(model_type, **(kwargs | overrides))
