@@ -42,5 +42,9 @@ class ComputeTier(Protocol):
     def bytes_read(self) -> int:
         """Bytes that came from the disk."""
 
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that were copied to a device of its own; none where the disk is read into the slots themselves."""
+
     def close(self) -> None:
         """Stop transfers and free the memory."""

@@ -47,6 +47,11 @@ class CpuTier:
         """Bytes that came from the disk."""
         return self._reader.stats.bytes_read
 
+    @property
+    def bytes_copied(self) -> int:
+        """None: there is no other device."""
+        return 0
+
     def close(self) -> None:
         """Fail what is being read, then free the slots."""
         self._reader.close()

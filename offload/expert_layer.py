@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from moe_offload.offload.expert_weights import ExpertWeights
 from moe_offload.offload.residency import Residency
@@ -114,15 +115,16 @@ class ExpertLayer:
         def compute(expert_idx: int, weights: ExpertWeights) -> None:
             nonlocal outputs
             pairs = pairs_of[expert_idx]
-            if num_tokens == 1:
-                result = expert_fn(weights, hidden_states)
-            else:
-                pairs = pairs if isinstance(pairs, torch.Tensor) else torch.tensor(pairs, device=hidden_states.device)
-                result = expert_fn(weights, hidden_states[pairs // top_k])
+            rows = hidden_states[pairs // top_k] if isinstance(pairs, torch.Tensor) else hidden_states
+            result = expert_fn(weights, rows)
             if outputs is None:
                 shape = (num_tokens * top_k, result.shape[-1])
                 outputs = result.new_zeros(shape) if is_partial else result.new_empty(shape)
-            outputs[pairs] = result
+            if isinstance(pairs, torch.Tensor):
+                outputs[pairs] = result
+            else:
+                for pair in pairs:  # a list as index would be copied to the device, and that waited for
+                    outputs[pair] = result[0]
 
         self.for_each_expert(list(pairs_of), compute, weights=scores)
         if outputs is None:
@@ -139,20 +141,28 @@ class ExpertLayer:
         """Expert -> its pairs ``t * K + k``, the experts with the largest weights first, and those summed weights."""
         if top_k_index.shape[0] == 1:  # a decode step: few pairs, and tensors would cost more than they hold
             pairs_of: dict[int, list[int] | torch.Tensor] = {}
-            index = top_k_index[0].tolist()
+            index, weights = _values(top_k_index[0], top_k_weights[0])
             for pair, expert_idx in enumerate(index):
                 if expert_idx < self.num_experts:
                     pairs_of.setdefault(expert_idx, []).append(pair)  # type: ignore[union-attr]
-            by_expert = dict(zip(index, top_k_weights[0].tolist(), strict=True))
+            by_expert = dict(zip(index, weights, strict=True))
             return pairs_of, [by_expert[expert_idx] for expert_idx in pairs_of]
-        flat = top_k_index.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self.num_experts)
-        totals = torch.bincount(flat, weights=top_k_weights.reshape(-1).double(), minlength=self.num_experts)
-        counts_list, totals_list = counts.tolist()[: self.num_experts], totals.tolist()
-        ends = [0]
-        for count in counts_list:
-            ends.append(ends[-1] + count)
-        touched = [expert_idx for expert_idx, count in enumerate(counts_list) if count]
-        touched.sort(key=lambda expert_idx: -totals_list[expert_idx])
-        return {e: order[ends[e] : ends[e + 1]] for e in touched}, [totals_list[e] for e in touched]
+        # Sorted and searched, not counted: bincount would wait for the device, and sum in no fixed order there.
+        sorted_index, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        experts = torch.arange(self.num_experts, device=order.device, dtype=sorted_index.dtype)
+        ends_of = torch.searchsorted(sorted_index, experts, right=True)
+        sums_of = top_k_weights.reshape(-1)[order].cumsum(0, dtype=torch.float64)
+        ends, sums = _values(ends_of, nn.functional.pad(sums_of, (1, 0))[ends_of])
+        rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        totals = [after - before for before, after in zip([0.0, *sums], sums, strict=False)]
+        touched = [expert_idx for expert_idx, pairs in enumerate(rows) if pairs.start < pairs.stop]
+        touched.sort(key=lambda expert_idx: -totals[expert_idx])
+        return {e: order[rows[e]] for e in touched}, [totals[e] for e in touched]
+
+
+def _values(index: torch.Tensor, weights: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The numbers in both; from a device in one copy, since each copy waits for all that was launched before."""
+    if index.device.type == "cpu":
+        return index.tolist(), weights.tolist()
+    both = torch.cat([index.double(), weights.double()]).tolist()  # a double holds any id and any weight as it is
+    return [int(value) for value in both[: len(index)]], both[len(index) :]

@@ -40,24 +40,31 @@ class Meter:
     def __init__(self, residency: Residency, lookahead: Lookahead) -> None:
         self.residency, self._lookahead = residency, lookahead
 
-    def read(self) -> tuple[StatsSnapshot, int, float, LookaheadCounts]:
-        """Cache counts, bytes read, stall and lookahead, now."""
+    def read(self) -> tuple[StatsSnapshot, int, int, float, LookaheadCounts]:
+        """Cache counts, bytes read, bytes copied to the device, stall and lookahead, now."""
         residency = self.residency
-        return residency.cache.stats.snapshot(), residency.bytes_read, residency.stall_s, self._lookahead.counts
+        return (
+            residency.cache.stats.snapshot(),
+            residency.bytes_read,
+            residency.bytes_copied,
+            residency.stall_s,
+            self._lookahead.counts,
+        )
 
-    def since(self, earlier: tuple[StatsSnapshot, int, float, LookaheadCounts], **times: Any) -> RunReport:
+    def since(self, earlier: tuple[StatsSnapshot, int, int, float, LookaheadCounts], **times: Any) -> RunReport:
         """The figures of what has happened since ``earlier``, with the tokens and times given."""
-        snapshot, bytes_read, stall_s, lookahead = self.read()
+        snapshot, bytes_read, bytes_copied, stall_s, lookahead = self.read()
         counts = snapshot.diff(earlier[0])
         return RunReport(
             hits=counts.total.hits,
             misses=counts.total.misses + counts.total.bypassed,
             bytes_read=bytes_read - earlier[1],
-            stall_s=stall_s - earlier[2],
+            bytes_copied=bytes_copied - earlier[2],
+            stall_s=stall_s - earlier[3],
             prefetch_issued=counts.prefetch.issued,
             prefetch_used=counts.prefetch.used + counts.prefetch.late,
             prefetch_wasted=counts.prefetch.wasted,
-            prefetch_recall=(lookahead - earlier[3]).recall,
+            prefetch_recall=(lookahead - earlier[4]).recall,
             **times,
         )
 

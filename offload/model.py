@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoTokenizer
 
 from moe_offload.cache import ExpertCache, policy_names
 from moe_offload.errors import ConfigError
-from moe_offload.offload.cpu_tier import CpuTier
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.generation import Generator, Meter
 from moe_offload.offload.loader import LoadedModel, load_model
@@ -23,8 +22,8 @@ from moe_offload.offload.packer import pack_model
 from moe_offload.offload.plan import Plan, make_plan
 from moe_offload.offload.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
-from moe_offload.offload.reader import ExpertReader
 from moe_offload.offload.reports import RunReport
+from moe_offload.offload.tiers import make_tier
 from moe_offload.offload.workspace import experts_per_token
 
 VERIFY_MODES = ("first", "always", "off")
@@ -170,8 +169,7 @@ class OffloadedModel:
                 policy,
                 floors=[min(top_k, num_experts) for num_experts in plan.num_experts],
             )
-            reader = ExpertReader(manifest, folder, verify=verify)  # type: ignore[arg-type]
-            tier = CpuTier(manifest, reader, num_slots=plan.num_slots, num_staging_slots=plan.staging_slots)
+            tier = make_tier(manifest, folder, plan, torch_device, verify)  # type: ignore[arg-type]
             try:
                 loaded = load_model(
                     str(folder), config, manifest, dense, cache=cache, tier=tier, dtype=torch_dtype, device=torch_device

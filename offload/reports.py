@@ -18,6 +18,7 @@ class RunReport:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+    bytes_copied: int = 0
     stall_s: float = 0.0
     prefetch_issued: int = 0
     prefetch_used: int = 0

@@ -83,6 +83,11 @@ class Residency:
         """Bytes that came from the disk."""
         return self._tier.bytes_read
 
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that were copied to the device."""
+        return self._tier.bytes_copied
+
     def new_sequence(self) -> None:
         """Another text begins."""
         self.cache.new_sequence()
