@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KMEANS_STARTS = 8  # the best is kept: one start often merges two clusters
+KMEANS_STARTS = 3  # the best is kept: one start often merges two clusters
 KMEANS_STEPS = 25
 BALANCE_STEPS = 200
 FIRST_CHOICE_WEIGHT = 0.7  # mean weight of the first of two experts, about that of a trained Mixtral
@@ -42,15 +42,20 @@ def _spread_points(points: Tensor, num_clusters: int, generator: torch.Generator
 
 
 def _lloyd(points: Tensor, centroids: Tensor) -> Tensor:
+    nearest = torch.empty(0)
     for _ in range(KMEANS_STEPS):
-        member = F.one_hot(_square_distances(points, centroids).argmin(1), len(centroids)).to(points)
+        previous, nearest = nearest, _square_distances(points, centroids).argmin(1)
+        if torch.equal(previous, nearest):
+            break
+        member = F.one_hot(nearest, len(centroids)).to(points)
         counts = member.sum(0)[:, None]
         centroids = torch.where(counts > 0, member.T @ points / counts.clamp(min=1), centroids)
     return centroids
 
 
 def _square_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    return torch.cdist(points, centroids).square()
+    """Squared distances ``[T, E]``, for points of length one."""
+    return (1 - 2 * points @ centroids.T + centroids.square().sum(1)).clamp(min=0)
 
 
 def _constant_direction(states: Tensor) -> Tensor:

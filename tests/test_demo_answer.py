@@ -1,0 +1,57 @@
+"""The whole demo, built, packed and run in its budget, answers fixed prompts as recorded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_offload import OffloadedModel
+from moe_offload.offload.demo import DEMO_RAM, ensure_demo
+
+# Beginnings only: another machine rounds the routers' fit differently, and the answers part ways later on.
+RECORDED = {
+    "What is the capital of France?": "The capital of France is Paris",
+    "Who was Albert Einstein?": "Albert Einstein was a brilliant physicist and mathematician who",
+    "Write a Python function that returns the factorial of n.": (
+        "```python\ndef factorial(n):\n    if n == 0:\n        return 1\n    else:\n        return n * factorial(n - 1)"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_OFFLOAD_HOME", str(tmp_path_factory.mktemp("home")))
+        return ensure_demo()
+
+
+@pytest.fixture(scope="module")
+def demo(pack: Path) -> Iterator[OffloadedModel]:
+    with OffloadedModel.from_pretrained(pack, device="cpu", ram=DEMO_RAM) as model:
+        yield model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("question", RECORDED)
+def test_greedy_answers_are_the_recorded_ones(demo: OffloadedModel, question: str):
+    num_tokens = len(demo.tokenizer(RECORDED[question])["input_ids"])
+    assert demo.chat([{"role": "user", "content": question}], max_new_tokens=num_tokens) == RECORDED[question]
+
+
+@pytest.mark.slow
+def test_an_answer_ends_by_itself(demo: OffloadedModel):
+    answer = demo.chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=64)
+    assert "Paris" in answer
+    assert demo.last_run is not None
+    assert demo.last_run.new_tokens < 20
+    assert "<|im_end|>" not in answer
+
+
+@pytest.mark.slow
+def test_its_budget_puts_the_cache_to_work(demo: OffloadedModel):
+    assert 0.37 < demo.plan.resident_share < 0.43
+    demo.chat([{"role": "user", "content": "Tell me about the sea."}], max_new_tokens=8)
+    assert demo.last_run is not None
+    assert demo.last_run.misses > 0
+    # Better than what experts picked at random would give.
+    assert demo.last_run.hit_ratio > demo.plan.resident_share
