@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # What an editable install does not pick up by itself.
-INPUTS := pyproject.toml constraints.txt $(wildcard setup.py quant/*.cpp quant/*.h quant/*/*.cpp quant/*/*.h)
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard quant/csrc/*)
 
 .PHONY: help chat test check bench
 .DEFAULT_GOAL := help
