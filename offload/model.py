@@ -16,7 +16,13 @@ from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.generation import Generator, Meter
 from moe_offload.offload.loader import LoadedModel, load_model
 from moe_offload.offload.lookahead import Lookahead
-from moe_offload.offload.memory import ram_budget_bytes, ram_memory, vram_budget_bytes, vram_memory
+from moe_offload.offload.memory import (
+    give_freed_memory_back,
+    ram_budget_bytes,
+    ram_memory,
+    vram_budget_bytes,
+    vram_memory,
+)
 from moe_offload.offload.pack_manifest import PackManifest, is_pack, read_manifest
 from moe_offload.offload.packer import pack_model
 from moe_offload.offload.plan import Plan, make_plan
@@ -139,6 +145,7 @@ class OffloadedModel:
                 token=token,
                 progress=on_progress or NULL_PROGRESS,
             )
+        give_freed_memory_back()
         manifest = read_manifest(folder)
         config = AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
