@@ -1,0 +1,175 @@
+"""The logits are the same bits whatever the budget, the policy, prefetching, and the order in which reads arrive."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make_config
+from family_runs import example_inputs, save_random_model
+from faulty_disk import FaultyDisk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_offload import OffloadedModel
+from moe_offload.cache import ExpertCache, policy_names
+from moe_offload.offload import model as model_module
+from moe_offload.offload import prefetch_tuning, reader
+from moe_offload.offload.packer import pack_model
+
+# Rows are whole groups of every format.
+_WIDE = {"hidden_size": 64, "num_hidden_layers": 3}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {**_WIDE, "intermediate_size": 64},
+    "qwen3_moe": {**_WIDE, "moe_intermediate_size": 64, "num_experts_per_tok": 3},
+    "gpt_oss": {**_WIDE, "intermediate_size": 64},
+}
+NUM_EXPERTS, NUM_LAYERS = 8, 3
+DECODE_STEPS = 8
+PROMPT_TOKENS = 20  # enough to count as a prompt
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed model, and the logits of all experts resident."""
+
+    folder: Path
+    expected: torch.Tensor
+
+
+@contextmanager
+def loaded(
+    folder: Path, num_slots: list[int], disk: FaultyDisk | None = None, **kwargs: Any
+) -> Iterator[OffloadedModel]:
+    """A model with so many slots in each layer, be they fewer than a token's experts, that reads from ``disk``."""
+    make_plan = model_module.make_plan
+
+    def plan_with_slots(*args: Any, **options: Any) -> Any:
+        return replace(make_plan(*args, **options), num_slots=tuple(num_slots))
+
+    def cache_without_floors(num_experts: Any, slots: Any, policy: str, **options: Any) -> ExpertCache:
+        return ExpertCache(num_experts, slots, policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "make_plan", plan_with_slots)
+        patch.setattr(model_module, "ExpertCache", cache_without_floors)
+        patch.setattr(reader, "DirectDisk", lambda: disk or FaultyDisk())
+        model = OffloadedModel.from_pretrained(folder, device="cpu", ram="1GiB", context_tokens=64, **kwargs)
+    with model:
+        yield model
+        model._residency.cache.check_integrity()
+
+
+@torch.inference_mode()
+def all_logits(model: Any) -> torch.Tensor:
+    """Of a prompt for two, the steps after it, and of one sequence alone."""
+    rows = []
+    for batch_size in (2, 1):
+        inputs = example_inputs(model.config, batch_size, PROMPT_TOKENS)
+        rows.append(model(**inputs).logits.flatten(0, 1))
+        output = model.generate(
+            **inputs,
+            max_new_tokens=DECODE_STEPS + 1,
+            min_new_tokens=DECODE_STEPS + 1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        rows.extend(output.logits)
+    return torch.cat([row.float() for row in rows])
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Each pack is made when it is asked for first."""
+    made: dict[tuple[str, str], Pack] = {}
+
+    def get(family: str, expert_format: str) -> Pack:
+        if (family, expert_format) not in made:
+            folder = tmp_path_factory.mktemp(f"{family}-{expert_format}")
+            config = make_config(family, **FAMILIES[family])
+            save_random_model(config, folder / "checkpoint", torch.bfloat16)
+            pack = pack_model(str(folder / "checkpoint"), folder / "pack", format=expert_format)
+            with loaded(pack, [NUM_EXPERTS] * NUM_LAYERS, prefetch="off") as model:
+                made[family, expert_format] = Pack(pack, all_logits(model.model))
+                assert model.stats.misses == NUM_EXPERTS * NUM_LAYERS, "every expert is read once"
+        return made[family, expert_format]
+
+    return get
+
+
+@pytest.mark.parametrize("expert_format", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=16, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    num_slots=st.lists(st.integers(1, NUM_EXPERTS), min_size=NUM_LAYERS, max_size=NUM_LAYERS),
+    policy=st.sampled_from(policy_names()),
+    prefetch=st.sampled_from(["off", 1, 2, "auto"]),
+    max_delay_s=st.sampled_from([0.0, 0.0005, 0.003]),
+    short_read_ratio=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 1000),
+)
+def test_logits_are_those_of_all_experts_resident(
+    packs: Any,
+    family: str,
+    expert_format: str,
+    num_slots: list[int],
+    policy: str,
+    prefetch: str | int,
+    max_delay_s: float,
+    short_read_ratio: float,
+    seed: int,
+) -> None:
+    pack = packs(family, expert_format)
+    disk = FaultyDisk(seed=seed)
+    disk.delay_reads(max_delay_s)
+    disk.shorten_reads(short_read_ratio)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefetch_tuning, "TRIAL_STEPS", 2)  # so that "auto" switches within the few steps
+        with loaded(pack.folder, num_slots, disk, policy=policy, prefetch=prefetch) as model:
+            assert torch.equal(all_logits(model.model), pack.expected)
+
+
+def reads_by_expert(disk: FaultyDisk) -> Counter[tuple[str, int]]:
+    return Counter((name, offset_bytes) for name, offset_bytes, _ in disk.log)
+
+
+def residents(model: OffloadedModel) -> list[set[int]]:
+    return [set(model._residency.cache.resident(layer_idx)) for layer_idx in range(NUM_LAYERS)]
+
+
+@torch.inference_mode()
+def test_a_prompt_leaves_what_decoding_found_hot(packs: Any) -> None:
+    disk = FaultyDisk()
+    with loaded(packs("mixtral", "nf4").folder, [4] * NUM_LAYERS, disk, prefetch="off") as model:
+        inputs = example_inputs(model.model.config, 1, 3)
+        model.model.generate(**inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        hot = residents(model)
+        assert [len(experts) for experts in hot] == [4] * NUM_LAYERS
+        disk.log.clear()
+        before = model._residency.cache.stats.snapshot()
+        model.model(**example_inputs(model.model.config, 1, 48))
+        counts = model._residency.cache.stats.snapshot().diff(before)
+        assert counts.prefill.requests > 4 * NUM_LAYERS, "the prompt touches more than fits"
+        assert counts.decode.requests == 0
+        assert counts.prefill.evictions == 0
+        assert residents(model) == hot
+        assert counts.prefill.hits + len(disk.log) == counts.prefill.requests, "resident ones are not read again"
+
+
+@torch.inference_mode()
+def test_a_prompt_moves_each_expert_once_per_chunk(packs: Any) -> None:
+    disk = FaultyDisk()
+    with loaded(packs("qwen3_moe", "int8").folder, [1] * NUM_LAYERS, disk, prefetch="off") as model:
+        inputs = example_inputs(model.model.config, 2, 60)
+        model.model(**inputs)
+        assert len(disk.log) == NUM_EXPERTS * NUM_LAYERS
+        assert set(reads_by_expert(disk).values()) == {1}
+        disk.log.clear()
+        model.model.generate(**inputs, max_new_tokens=1, prefill_chunk_size=20)
+        assert len(disk.log) > NUM_EXPERTS * NUM_LAYERS
+        assert max(reads_by_expert(disk).values()) <= 3
