@@ -49,6 +49,10 @@ class Checkpoint:
         """The position of the last shard that holds a part of ``keys``."""
         return max(self.shards.shard_of[member] for key in keys for member in self._members[key])
 
+    def fetch(self, keys: Sequence[str]) -> None:
+        """Bring here what ``keys`` are read from."""
+        self.shards.fetch(member for key in keys for member in self._members[key])
+
     def read(self, key: str, rows: slice | None = None) -> torch.Tensor:
         """The values of a tensor, or of some leading rows."""
         if self._codec is not None and self._codec.members(key):

@@ -110,7 +110,12 @@ def _build_expert(plan: ConversionPlan, planned: list[_PartPlan], slot_bytes: in
     return blob
 
 
-def _source_bytes(plan: ConversionPlan, layer_idx: int) -> int:
+def _layer_keys(plan: ConversionPlan, layer_idx: int) -> list[str]:
+    """The checkpoint's keys of all experts of a layer."""
+    return [key for source in plan.experts[layer_idx] for key in source.source.all_keys()]
+
+
+def _expert_bytes(plan: ConversionPlan, layer_idx: int) -> int:
     """Bytes of one expert of a layer, unquantised."""
     num_weights = sum(torch.Size(source.param.shape).numel() for source in plan.experts[layer_idx])
     return num_weights * int(plan.skeleton.model.dtype.itemsize)
@@ -119,8 +124,9 @@ def _source_bytes(plan: ConversionPlan, layer_idx: int) -> int:
 def _write_layer(
     plan: ConversionPlan, layer_idx: int, expert_format: str, writer: PackWriter, progress: ProgressSink
 ) -> None:
+    plan.checkpoint.fetch(_layer_keys(plan, layer_idx))
     planned, layout = _plan_parts(plan, layer_idx, expert_format)
-    expert_bytes = _source_bytes(plan, layer_idx)
+    expert_bytes = _expert_bytes(plan, layer_idx)
     ahead = 2 if 4 * expert_bytes <= WINDOW_BYTES else 1  # an expert takes about twice its size while it is converted
     with writer.layer(layer_idx, layout) as layer, ThreadPoolExecutor(ahead) as pool:
         building: list[Future[torch.Tensor]] = []
@@ -139,6 +145,9 @@ def _write_dense(
     """The dense parameters whose last piece lies in ``shard``, streamed into one file."""
     name = f"dense-{shard:05d}.safetensors"
     if name in writer.done_dense():
+        state = plan.skeleton.model.state_dict()
+        num_weights = sum(state[plan.dense[index].target].numel() for index in indices)
+        progress.advance(num_weights * int(plan.skeleton.model.dtype.itemsize))
         return
 
     def tensors() -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
@@ -161,9 +170,9 @@ def _pack(
     for index, source in enumerate(plan.dense):
         dense_by_shard.setdefault(plan.checkpoint.last_shard(source.all_keys()), []).append(index)
     layers_by_shard: dict[int, list[int]] = {}
-    for layer_idx, sources in enumerate(plan.experts):
-        keys = [key for source in sources for key in source.source.all_keys()]
-        layers_by_shard.setdefault(plan.checkpoint.last_shard(keys), []).append(layer_idx)
+    for layer_idx in range(len(plan.experts)):
+        last_shard = plan.checkpoint.last_shard(_layer_keys(plan, layer_idx))
+        layers_by_shard.setdefault(last_shard, []).append(layer_idx)
     done_layers = writer.done_layers()
     plan.checkpoint.done(plan.unused_keys)
     for shard in range(len(plan.checkpoint.shards.names)):
@@ -172,10 +181,11 @@ def _pack(
             _write_dense(plan, shard, indices, dense_format, writer, progress)
             plan.checkpoint.done([key for index in indices for key in plan.dense[index].all_keys()])
         for layer_idx in layers_by_shard.get(shard, []):
-            if layer_idx not in done_layers:
+            if layer_idx in done_layers:
+                progress.advance(_expert_bytes(plan, layer_idx) * plan.containers[layer_idx].num_experts)
+            else:
                 _write_layer(plan, layer_idx, expert_format, writer, progress)
-            keys = [key for source in plan.experts[layer_idx] for key in source.source.all_keys()]
-            plan.checkpoint.done(keys)
+            plan.checkpoint.done(_layer_keys(plan, layer_idx))
 
 
 def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
@@ -204,11 +214,11 @@ def plan_packing(source: CheckpointSource) -> ConversionPlan:
     return plan_conversion(skeleton, containers, Checkpoint(shards, codec_for(shards, settings)))
 
 
-def _total_bytes(plan: ConversionPlan) -> int:
-    """Bytes of the model unquantised, for the progress bar: from its shapes, since shards may not be here yet."""
+def _total_bytes(plan: ConversionPlan, source: CheckpointSource) -> int:
+    """For the progress bar: bytes to download, and of the model unquantised, from its shapes."""
     model = plan.skeleton.model
     num_weights: int = sum(param.numel() for param in model.parameters())
-    return num_weights * int(model.dtype.itemsize)
+    return num_weights * int(model.dtype.itemsize) + source.shards.download_bytes
 
 
 def pack_model(
@@ -245,7 +255,9 @@ def pack_model(
     }
     try:
         with PackWriter(folder, identity=identity) as writer:
-            progress.start(f"packing {source.name} to {expert_format}", _total_bytes(plan))
+            doing = "downloading and packing" if source.shards.download_bytes else "packing"
+            progress.start(f"{doing} {source.name} to {expert_format}", _total_bytes(plan, source))
+            source.shards.on_bytes = progress.advance
             _pack(plan, writer, expert_format, dense_format, progress)
             for path in source.small_files():
                 writer.copy_file(path)

@@ -1,7 +1,8 @@
 """The safetensors shards of a checkpoint: which keys lie in which, opened when they are needed and given up after."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,10 +13,18 @@ from moe_offload.offload.shard_file import ShardFile, TensorEntry
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class ShardSource(Protocol):
     """Where shards come from: a folder, or a hub that is asked for one at a time."""
+
+    on_bytes: Callable[[int], None]
+    """Told of bytes that are downloaded, or that need no download after all: `download_bytes` in the end."""
+
+    @property
+    def download_bytes(self) -> int:
+        """How many bytes are to be downloaded for all shards, once `index` was called."""
 
     def index(self) -> tuple[Sequence[str], Mapping[str, str] | None]:
         """The names of the shards in order and, if the checkpoint has an index, the shard of every key."""
@@ -25,6 +34,9 @@ class ShardSource(Protocol):
 
     def discard(self, name: str) -> None:
         """Called once, when nothing of the shard is needed any more."""
+
+    def close(self) -> None:
+        """Called when nothing is asked for any more; what is unfinished may go on another time."""
 
 
 def read_index(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -40,11 +52,23 @@ def read_index(path: Path) -> tuple[list[str], dict[str, str]]:
     return names, weight_map
 
 
+def no_weights_error(where: str | Path, files: Iterable[str]) -> SourceError:
+    """What is wrong with a checkpoint that has no safetensors file among its ``files``."""
+    found = ", ".join(sorted(name for name in files if Path(name).suffix in PICKLE_SUFFIXES)[:3])
+    return SourceError(
+        f"{where} holds no {SINGLE_FILE} and no {INDEX_FILE}"
+        + (f", only {found}: pickled weights are not read; convert them to safetensors" if found else "")
+    )
+
+
 class FolderShards:
     """The shards of a checkpoint that lies in a folder; nothing is ever deleted."""
 
+    download_bytes = 0
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.on_bytes: Callable[[int], None] = lambda num_bytes: None
 
     def index(self) -> tuple[Sequence[str], Mapping[str, str] | None]:
         """One file, or an index and its files; `SourceError` says what is missing."""
@@ -56,11 +80,7 @@ class FolderShards:
             return names, weight_map
         if (self.folder / SINGLE_FILE).is_file():
             return [SINGLE_FILE], None
-        found = ", ".join(sorted(path.name for path in self.folder.glob("*.bin"))[:3])
-        raise SourceError(
-            f"{self.folder} holds no {SINGLE_FILE} and no {INDEX_FILE}"
-            + (f", only {found}: pickled weights are not read; convert them to safetensors" if found else "")
-        )
+        raise no_weights_error(self.folder, (path.name for path in self.folder.iterdir()))
 
     def fetch(self, name: str) -> Path:
         """The path in the folder."""
@@ -68,6 +88,9 @@ class FolderShards:
 
     def discard(self, name: str) -> None:
         """Nothing: the folder is the user's."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Shards:
@@ -78,6 +101,7 @@ class Shards:
         names, weight_map = source.index()
         self.names = list(names)
         self._open: dict[int, ShardFile] = {}
+        self._lock = threading.Lock()
         if weight_map is None:
             weight_map = {key: name for i, name in enumerate(self.names) for key in self._shard(i)}
         position = {name: i for i, name in enumerate(self.names)}
@@ -87,9 +111,15 @@ class Shards:
             self._needed[shard].add(key)
 
     def _shard(self, shard: int) -> ShardFile:
-        if shard not in self._open:
-            self._open[shard] = ShardFile(self._source.fetch(self.names[shard]))
-        return self._open[shard]
+        with self._lock:
+            if shard not in self._open:
+                self._open[shard] = ShardFile(self._source.fetch(self.names[shard]))
+            return self._open[shard]
+
+    def fetch(self, keys: Iterable[str]) -> None:
+        """Bring the shards of ``keys`` here, in order, before several threads ask for them."""
+        for shard in sorted({self.shard_of[key] for key in keys}):
+            self._shard(shard)
 
     def entry(self, key: str) -> TensorEntry:
         """Dtype, shape and place of a key."""
@@ -107,10 +137,11 @@ class Shards:
         """These keys are not needed again; a shard of which none is needed is closed and discarded."""
         for key in keys:
             shard = self.shard_of[key]
-            self._needed[shard].discard(key)
-            if not self._needed[shard]:
-                self._close(shard)
-                self._source.discard(self.names[shard])
+            if key in self._needed[shard]:
+                self._needed[shard].remove(key)
+                if not self._needed[shard]:
+                    self._close(shard)
+                    self._source.discard(self.names[shard])
 
     def _close(self, shard: int) -> None:
         if file := self._open.pop(shard, None):
@@ -121,3 +152,4 @@ class Shards:
         """Close what is open."""
         for shard in list(self._open):
             self._close(shard)
+        self._source.close()

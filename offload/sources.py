@@ -8,9 +8,9 @@ import xxhash
 
 from moe_offload.errors import SourceError
 from moe_offload.offload.hub import HubShards, fetch_small_files, is_hub_id
-from moe_offload.offload.shards import INDEX_FILE, FolderShards, ShardSource
+from moe_offload.offload.shards import INDEX_FILE, PICKLE_SUFFIXES, FolderShards, ShardSource
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class CheckpointSource(Protocol):
@@ -34,7 +34,7 @@ class CheckpointSource(Protocol):
 
     @property
     def shards(self) -> ShardSource:
-        """The weights."""
+        """The weights; for the caller to close."""
 
     @property
     def is_quantized(self) -> bool:

@@ -1,0 +1,67 @@
+"""A process that packs from a hub: commands as JSON lines on stdin, answers as JSON lines on stdout.
+
+huggingface_hub reads its endpoint when it is imported, so it takes a process whose environment names the test's hub.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import constants, file_download, hf_hub_download
+
+from moe_offload.errors import MoeOffloadError
+from moe_offload.offload.packer import pack_model
+
+torch.set_num_threads(1)
+constants.DOWNLOAD_CHUNK_SIZE = 1024
+ENDPOINT = constants.ENDPOINT
+file_download.time = SimpleNamespace(sleep=lambda seconds: None)
+
+
+class Progress:
+    """Adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.total_bytes = self.done_bytes = 0
+        self.label = ""
+
+    def start(self, label: str, total_bytes: int | None) -> None:
+        self.label, self.total_bytes = label, total_bytes or 0
+
+    def advance(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+
+    def finish(self) -> None:
+        pass
+
+
+def run(command: dict[str, Any]) -> dict[str, Any]:
+    """Pack; or, for ``cache``, put a file into the hub cache."""
+    os.environ["MOE_OFFLOAD_HOME"] = command.get("home", "")
+    constants.HF_HUB_OFFLINE = command.get("offline", False)
+    constants.ENDPOINT = command.get("endpoint", ENDPOINT)
+    if "cache" in command:
+        return {"path": hf_hub_download(command["model"], command["cache"])}
+    disk_usage = shutil.disk_usage
+    if "free_bytes" in command:
+        shutil.disk_usage = lambda path: SimpleNamespace(free=command["free_bytes"])
+    progress = Progress()
+    arguments = {key: command[key] for key in ("revision", "token", "format") if key in command}
+    try:
+        path = pack_model(
+            command["model"], Path(command["output"]) if "output" in command else None, progress=progress, **arguments
+        )
+        return {"path": str(path), "progress": vars(progress)}
+    except MoeOffloadError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    finally:
+        shutil.disk_usage = disk_usage
+
+
+for line in sys.stdin:
+    print(json.dumps(run(json.loads(line))), flush=True)
