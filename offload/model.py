@@ -23,7 +23,7 @@ from moe_offload.offload.memory import (
     vram_budget_bytes,
     vram_memory,
 )
-from moe_offload.offload.pack_manifest import PackManifest, is_pack, read_manifest
+from moe_offload.offload.pack_manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
 from moe_offload.offload.packer import pack_model
 from moe_offload.offload.plan import Plan, make_plan
 from moe_offload.offload.prefetch_tuning import PrefetchSwitch, parse_prefetch
@@ -135,7 +135,7 @@ class OffloadedModel:
         depth = parse_prefetch(prefetch)
         torch_device = _device(device)
         folder = Path(model).expanduser()
-        if not is_pack(folder):
+        if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
             folder = pack_model(
                 str(model),
                 Path(pack_dir) if pack_dir is not None else None,

@@ -1,25 +1,21 @@
 """The logits are the same bits whatever the budget, the policy, prefetching, and the order in which reads arrive."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import make_config
-from family_runs import example_inputs, save_random_model
+from family_runs import example_inputs
 from faulty_disk import FaultyDisk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loaded_models import check_health, loaded, make_pack
 
 from moe_offload import OffloadedModel
-from moe_offload.cache import ExpertCache, policy_names
-from moe_offload.offload import model as model_module
-from moe_offload.offload import prefetch_tuning, reader
-from moe_offload.offload.packer import pack_model
+from moe_offload.cache import policy_names
+from moe_offload.offload import prefetch_tuning
 
 # Rows are whole groups of every format.
 _WIDE = {"hidden_size": 64, "num_hidden_layers": 3}
@@ -39,29 +35,6 @@ class Pack:
 
     folder: Path
     expected: torch.Tensor
-
-
-@contextmanager
-def loaded(
-    folder: Path, num_slots: list[int], disk: FaultyDisk | None = None, **kwargs: Any
-) -> Iterator[OffloadedModel]:
-    """A model with so many slots in each layer, be they fewer than a token's experts, that reads from ``disk``."""
-    make_plan = model_module.make_plan
-
-    def plan_with_slots(*args: Any, **options: Any) -> Any:
-        return replace(make_plan(*args, **options), num_slots=tuple(num_slots))
-
-    def cache_without_floors(num_experts: Any, slots: Any, policy: str, **options: Any) -> ExpertCache:
-        return ExpertCache(num_experts, slots, policy)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, "make_plan", plan_with_slots)
-        patch.setattr(model_module, "ExpertCache", cache_without_floors)
-        patch.setattr(reader, "DirectDisk", lambda: disk or FaultyDisk())
-        model = OffloadedModel.from_pretrained(folder, device="cpu", ram="1GiB", context_tokens=64, **kwargs)
-    with model:
-        yield model
-        model._residency.cache.check_integrity()
 
 
 @torch.inference_mode()
@@ -91,9 +64,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(family: str, expert_format: str) -> Pack:
         if (family, expert_format) not in made:
             folder = tmp_path_factory.mktemp(f"{family}-{expert_format}")
-            config = make_config(family, **FAMILIES[family])
-            save_random_model(config, folder / "checkpoint", torch.bfloat16)
-            pack = pack_model(str(folder / "checkpoint"), folder / "pack", format=expert_format)
+            pack = make_pack(folder, family, expert_format, **FAMILIES[family])
             with loaded(pack, [NUM_EXPERTS] * NUM_LAYERS, prefetch="off") as model:
                 made[family, expert_format] = Pack(pack, all_logits(model.model))
                 assert model.stats.misses == NUM_EXPERTS * NUM_LAYERS, "every expert is read once"
@@ -132,6 +103,7 @@ def test_logits_are_those_of_all_experts_resident(
         patch.setattr(prefetch_tuning, "TRIAL_STEPS", 2)  # so that "auto" switches within the few steps
         with loaded(pack.folder, num_slots, disk, policy=policy, prefetch=prefetch) as model:
             assert torch.equal(all_logits(model.model), pack.expected)
+            check_health(model)
 
 
 def reads_by_expert(disk: FaultyDisk) -> Counter[tuple[str, int]]:
