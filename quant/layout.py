@@ -1,6 +1,7 @@
 """Where the codes and scales of a packed weight lie: all codes, then at the next multiple of 64 bytes all scales."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,16 +41,16 @@ class PackedLayout:
     def scale_shape(self) -> tuple[int, int]:
         return ceil_div(self.num_rows, self.block_rows), ceil_div(self.num_cols, self.block_cols)
 
-    @property
+    @cached_property
     def scales_offset_bytes(self) -> int:
         return align_up(self.codes_bytes)
 
-    @property
+    @cached_property
     def scales_bytes(self) -> int:
         rows, cols = self.scale_shape
         return rows * cols * self.scale_dtype.itemsize
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         return self.scales_offset_bytes + align_up(self.scales_bytes)
 

@@ -45,7 +45,7 @@ struct V {
         return _mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
     }
     static ALWAYS_INLINE void prefetch(const uint8_t* p) {
-        _mm_prefetch(reinterpret_cast<const char*>(p) + 1024, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
     }
 
     static ALWAYS_INLINE Words words(const uint8_t* p) {

@@ -40,7 +40,7 @@ struct V {
         return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4);
     }
     static ALWAYS_INLINE void prefetch(const uint8_t* p) {
-        _mm_prefetch(reinterpret_cast<const char*>(p) + 1024, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
     }
 
     static ALWAYS_INLINE Words words(const uint8_t* p) { return _mm512_loadu_si512(p); }

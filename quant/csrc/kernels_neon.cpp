@@ -33,7 +33,7 @@ struct V {
         const float lanes[4] = {p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
         return vld1q_f32(lanes);
     }
-    static ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p + 512); }
+    static ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
     static ALWAYS_INLINE Words words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
     static ALWAYS_INLINE Words bytes(const uint8_t* p) {

@@ -76,7 +76,13 @@ inline void expand_scales(const PackedWeight& weight, int64_t row, int64_t inter
     if (weight.scale_type == SCALE_F16) {
         const uint16_t* half = static_cast<const uint16_t*>(weight.scales) + start;
         for (; g + V::kLanes <= groups; g += V::kLanes) V::store(scales + g, V::f16(half + g));
-        for (; g < groups; g++) scales[g] = f16_to_float(half[g]);
+        if (g < groups) {
+            // what is left through a vector too: one by one they would cost a short row more than its codes do
+            uint16_t last[V::kLanes] = {};
+            std::memcpy(last, half + g, static_cast<size_t>(groups - g) * 2);
+            V::store(scales + g, V::f16(last));
+            g = groups;
+        }
     } else if (weight.scale_type == SCALE_E8M0) {
         const uint8_t* exponents = static_cast<const uint8_t*>(weight.scales) + start;
         for (; g < groups; g++) scales[g] = e8m0_to_float(exponents[g]);
@@ -129,6 +135,16 @@ ALWAYS_INLINE void multiply_chunk(const V::Words* words, const V::Table& table, 
     }
 }
 
+// How far ahead of its use a byte is asked for: where the tile of rows after this one, or a later one, has it, since the
+// hardware follows one row but does not foresee the next tile. Addresses past the weight are harmless.
+constexpr int64_t kPrefetchBytes = 16384;
+
+template <int kRows>
+ALWAYS_INLINE int64_t prefetch_distance(const PackedWeight& weight) {
+    const int64_t tile_bytes = kRows * (weight.row_bytes > 0 ? weight.row_bytes : 1);
+    return kRows == 1 ? kPrefetchBytes : ceil_div(kPrefetchBytes, tile_bytes) * tile_bytes;
+}
+
 template <int kRows, int kTokens, int kInterleave>
 void multiply_four_bit(const PackedWeight& weight, const float* row_scales, int64_t scales_stride, const float* x,
                        int64_t stride, int64_t row, int64_t token, const Matrix& out) {
@@ -140,10 +156,11 @@ void multiply_four_bit(const PackedWeight& weight, const float* row_scales, int6
     V::Words words[kRows];
     const float* scales[kRows];
     const int64_t whole = weight.row_bytes / kChunkBytes;
+    const int64_t ahead = prefetch_distance<kRows>(weight);
     for (int64_t c = 0; c < whole; c++) {
         for (int r = 0; r < kRows; r++) {
             const uint8_t* at = codes + r * weight.row_bytes + c * kChunkBytes;
-            V::prefetch(at);
+            V::prefetch(at + ahead);
             words[r] = V::words(at);
             scales[r] = row_scales + r * scales_stride + c * Layout::kGroups / Layout::kChunksPerGroup;
         }
@@ -173,6 +190,7 @@ void multiply_eight_bit(const PackedWeight& weight, const float* row_scales, int
     const uint8_t* codes = weight.codes + row * weight.row_bytes;
     const int64_t cols = weight.row_bytes;  // int8 rows are padded to whole blocks, fp8 rows are as long as they are
     const V::Floats factor = V::set1(Codes::kFactor);
+    const int64_t ahead = prefetch_distance<kRows>(weight);
     Sums<kRows, kTokens> total;
     total.clear();
     for (int64_t begin = 0, b = 0; begin < cols; begin += weight.block_cols, b++) {
@@ -180,17 +198,20 @@ void multiply_eight_bit(const PackedWeight& weight, const float* row_scales, int
         Sums<kRows, kTokens> sums;
         sums.clear();
         int64_t col = begin;
-        for (; col + V::kLanes <= end; col += V::kLanes) {
+        const auto multiply_lanes = [&] {
             V::Floats values[kRows];
-            for (int r = 0; r < kRows; r++) {
-                V::prefetch(codes + r * weight.row_bytes + col);
-                values[r] = Codes::load(codes + r * weight.row_bytes + col);
-            }
+            for (int r = 0; r < kRows; r++) values[r] = Codes::load(codes + r * weight.row_bytes + col);
             for (int t = 0; t < kTokens; t++) {
                 const V::Floats inputs = V::load(x + t * stride + col);
                 for (int r = 0; r < kRows; r++) sums.at[r][t] = V::fma(values[r], inputs, sums.at[r][t]);
             }
+            col += V::kLanes;
+        };
+        while (col + 64 <= end) {
+            for (int r = 0; r < kRows; r++) V::prefetch(codes + r * weight.row_bytes + col + ahead);
+            for (int i = 0; i < 64; i += V::kLanes) multiply_lanes();
         }
+        while (col + V::kLanes <= end) multiply_lanes();
         if (col < end) {
             // inputs are cut off too: what follows belongs to another scale, and zero times infinity is not zero
             const size_t rest = static_cast<size_t>(end - col);
@@ -262,9 +283,13 @@ inline void linear_rows(const PackedWeight& weight, const PreparedInput& x, int6
         }
     };
     int64_t row = row_begin;
-    for (; row + V::kRows <= row_end; row += V::kRows) {
-        for (int r = 0; r < V::kRows; r++) load_scales(row + r, scales.get() + r * scales_stride);
-        multiply_tokens<V::kRows>(weight, scales.get(), scales_stride, x, row, out);
+    // One token is bound by memory, which one stream reads fastest; more are bound by arithmetic, where rows side by
+    // side share the loads of activations.
+    if (x.num_tokens > 1) {
+        for (; row + V::kRows <= row_end; row += V::kRows) {
+            for (int r = 0; r < V::kRows; r++) load_scales(row + r, scales.get() + r * scales_stride);
+            multiply_tokens<V::kRows>(weight, scales.get(), scales_stride, x, row, out);
+        }
     }
     for (; row < row_end; row++) {
         load_scales(row, scales.get());

@@ -1,4 +1,4 @@
-// The numbers of quant/codes.py; tests/test_quant_kernels.py holds the two together.
+// The numbers of quant/codes.py; tests/test_quant_contract.py holds the two together.
 #pragma once
 #include <cmath>
 

@@ -1,0 +1,61 @@
+"""Products with packed weights, beside the bandwidth of plain reading measured in the same run.
+
+    python benchmarks/linear.py [--formats nf4,int4] [--tokens 1,4,64]
+
+Weights are cycled through more copies than caches hold. A product with few rows is judged by the packed bytes it reads
+a second; one with many rows by F.linear in bf16 on the dequantised weight.
+"""
+
+import argparse
+
+import torch
+from rates import FORMATS, SHAPES, copies, machine, print_table, read_bytes_per_s, seconds
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_offload.quant import Format, get_format
+
+
+def torch_s(x: Tensor, slots: Tensor, shape: tuple[int, int]) -> float:
+    """Seconds of one F.linear in bf16."""
+    weights = [slot.view(torch.bfloat16).view(shape) for slot in slots]
+    return seconds([lambda weight=weight: F.linear(x, weight) for weight in weights])
+
+
+def packed_s(x: Tensor, slots: Tensor, shape: tuple[int, int], fmt: Format) -> float:
+    """Seconds of one product with the packed weight."""
+    return seconds([lambda slot=slot: fmt.linear(x, slot, shape) for slot in slots])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--tokens", default="1,4,16,64,256")
+    arguments = parser.parse_args()
+    tokens = [int(count) for count in arguments.tokens.split(",")]
+    print(machine())
+    rows = []
+    for shape in SHAPES:
+        weight = torch.randn(shape)
+        inputs = {count: torch.randn(count, shape[1]).to(torch.bfloat16) for count in tokens}
+        used = {count: 64 if count <= 16 else 8 for count in tokens}  # copies gone through, at most
+        plain = copies(get_format("bf16").quantize(weight))
+        baseline_s = {count: torch_s(inputs[count], plain[: used[count]], shape) for count in tokens}
+        del plain
+        for spec in arguments.formats.split(","):
+            fmt = get_format(spec)
+            slots = copies(fmt.quantize(weight))
+            read = read_bytes_per_s(slots)
+            for count in tokens:
+                spent_s = packed_s(inputs[count], slots[: used[count]], shape, fmt)
+                rate = slots.shape[1] / spent_s
+                cells = (f"{spent_s * 1e3:.3f}", f"{rate / 1e9:.1f}", f"{rate / read:.0%}", f"{read / 1e9:.1f}")
+                relative = f"{baseline_s[count] / spent_s:.2f}"
+                rows.append((f"{shape[0]} x {shape[1]}", spec, str(count), *cells, relative))
+    print_table(
+        ("weight", "format", "rows", "ms", "packed GB/s", "of plain read", "plain read GB/s", "x F.linear bf16"), rows
+    )
+
+
+if __name__ == "__main__":
+    main()
