@@ -5,6 +5,7 @@ here on a view of the model that has a single expert, so that no more than one e
 """
 
 import copy
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,11 @@ class ParamSource:
         """Every key, once."""
         return [key for keys in self.keys.values() for key in keys]
 
+    def targets(self) -> list[str]:
+        """The parameter, and those that the same keys are split into."""
+        patterns = self.converter.target_patterns if self.converter is not None else []
+        return [self.target, *(self.target.replace(patterns[0], pattern) for pattern in patterns[1:])]
+
 
 @dataclass
 class ExpertParamSource:
@@ -138,6 +144,10 @@ class ExpertParamSource:
                     f"{self.param.target} ({pattern})"
                 )
         return found
+
+    def check_count(self) -> None:
+        """`SourceError` unless there is a tensor, or a row of one, for each expert."""
+        self._keys_of(self.num_experts - 1)
 
     def _read(self, checkpoint: Checkpoint, key: str, row: int | None) -> torch.Tensor:
         if row is None:
@@ -214,17 +224,52 @@ class ConversionPlan:
         shapes = {source.source.target: source.param.shape for sources in self.experts for source in sources}
         self.one_expert_model = _OneExpertModel(shapes, self.skeleton.model.config)
 
+        self._state = self.skeleton.model.state_dict()
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        """Every parameter has a source: transformers would fill one that has none with random numbers."""
+        kind = type(self.skeleton.model).__name__
+        sources = [source for sources in self.experts for source in sources]
+        missing = sorted({source.param.target for source in sources if not source.source.keys})
+        if missing:
+            raise SourceError(
+                f"the checkpoint has no weights for {len(missing)} expert parameters of {kind}, first {missing[0]}"
+            )
+        for source in sources:
+            source.check_count()
+        found = {target for source in self.dense for target in source.targets()}
+        tied = self.skeleton.model.all_tied_weights_keys
+        tied_to_found = {name for pair in tied.items() if found & set(pair) for name in pair}
+        optional = re.compile("|".join(self.skeleton.model._keys_to_ignore_on_load_missing or ["$^"]))
+        experts = tuple(f"{container.name}." for container in self.containers)
+        lacking = [
+            name
+            for name, _ in self.skeleton.model.named_parameters()
+            if name not in found | tied_to_found and not name.startswith(experts) and not optional.search(name)
+        ]
+        if lacking:
+            raise SourceError(f"the checkpoint lacks {len(lacking)} weights of {kind}, first {lacking[0]}")
+
     def read_dense(self, source: ParamSource) -> dict[str, torch.Tensor]:
         """The model's parameters (several where one key is split) by their names in its state dict."""
         if source.converter is None:
-            return {source.target: self.checkpoint.read(source.all_keys()[0])}
-        tensors = {pattern: [self.checkpoint.read(key) for key in keys] for pattern, keys in source.keys.items()}
-        result = _converted(source.converter, source.target, tensors, self.skeleton.model)
-        return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+            values = {source.target: self.checkpoint.read(source.all_keys()[0])}
+        else:
+            tensors = {pattern: [self.checkpoint.read(key) for key in keys] for pattern, keys in source.keys.items()}
+            result = _converted(source.converter, source.target, tensors, self.skeleton.model)
+            values = {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
+        for name, value in values.items():
+            if name in self._state and value.shape != self._state[name].shape:
+                raise SourceError(
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint, {tuple(self._state[name].shape)} in the "
+                    "model: the weights and the config do not belong together"
+                )
+        return values
 
 
 def plan_conversion(skeleton: Skeleton, containers: list[ExpertContainer], checkpoint: Checkpoint) -> ConversionPlan:
-    """Map every key of the checkpoint; `SourceError` names parameters of experts that it lacks."""
+    """Map every key of the checkpoint; `SourceError` names parameters that it lacks."""
     model = skeleton.model
     state = model.state_dict()
     by_pattern = {pattern: converter for converter in skeleton.converters for pattern in converter.source_patterns}
@@ -255,10 +300,4 @@ def plan_conversion(skeleton: Skeleton, containers: list[ExpertContainer], check
         if pattern is not None:
             source.converter = by_pattern[pattern]
         source.keys.setdefault(pattern or source.target, []).append(key)
-    missing = sorted({s.param.target for s in expert_sources.values() if not s.source.keys})
-    if missing:
-        raise SourceError(
-            f"the checkpoint has no weights for {len(missing)} expert parameters of {type(model).__name__}, "
-            f"first {missing[0]}"
-        )
     return ConversionPlan(checkpoint, skeleton, containers, experts, list(dense.values()), unused)

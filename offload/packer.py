@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from moe_offload._version import VERSION
-from moe_offload.errors import ConfigError, FormatError, SourceError
+from moe_offload.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
 from moe_offload.offload.conversion import Checkpoint, ConversionPlan, ExpertParamSource, plan_conversion
 from moe_offload.offload.dense_linears import dense_linear_format
 from moe_offload.offload.expert_containers import find_expert_containers
@@ -193,18 +193,24 @@ def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def choose_expert_format(asked: str, *, coded: bool) -> str:
-    """``auto`` keeps the bits of a quantised checkpoint and packs any other to nf4."""
-    if asked == AUTO:
-        return SOURCE if coded else DEFAULT_FORMAT
-    if asked != SOURCE and asked not in format_names():
-        raise ConfigError(f"no format {asked!r}; there are: auto, source, {', '.join(format_names())}")
-    return asked
+def _check_formats(format: str, dense_format: str) -> None:
+    if format not in (AUTO, SOURCE, *format_names()):
+        raise ConfigError(f"no format {format!r}; there are: auto, source, {', '.join(format_names())}")
+    if dense_format not in (SOURCE, *format_names()):
+        raise ConfigError(f"no dense format {dense_format!r}; there are: source, {', '.join(format_names())}")
+
+
+def _config_of(source: CheckpointSource) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.config_folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(f"transformers cannot build the model of {source.name}: {reason}") from error
 
 
 def plan_packing(source: CheckpointSource) -> ConversionPlan:
     """Everything that is known of a checkpoint before its weights are read."""
-    config = AutoConfig.from_pretrained(source.config_folder)
+    config = _config_of(source)
     settings = getattr(config, "quantization_config", None)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the codec reads the quantised weights; the model is the plain one
@@ -237,10 +243,10 @@ def pack_model(
     folder of the pack.
     Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
     """
-    if dense_format != SOURCE and dense_format not in format_names():
-        raise ConfigError(f"no dense format {dense_format!r}; there are: source, {', '.join(format_names())}")
+    _check_formats(format, dense_format)
     source = open_source(model, revision=revision, token=token)
-    expert_format = choose_expert_format(format, coded=source.is_quantized)
+    # ``auto`` keeps the bits of a quantised checkpoint.
+    expert_format = format if format != AUTO else SOURCE if source.is_quantized else DEFAULT_FORMAT
     folder = output or packs_dir() / pack_name(source, expert_format, dense_format)
     if _is_finished(folder, source, expert_format, dense_format):
         return folder
