@@ -191,7 +191,7 @@ class FakeDevice:
             self._enqueue(stream, self._reaching(event.mark))
 
     def _do_one(self) -> bool:
-        """One step of what is first in some stream. Work is a generator: it yields a mark that it waits for, or None."""
+        """One step of what is first in some stream. Work is a generator of marks that it waits for, or None."""
         ready = []
         for name, works in self._streams.items():
             mark = self._blocked.get(name)

@@ -1,19 +1,22 @@
 """Random steps and prefetches through residency and the CUDA tier, on a device that does things as late as it likes."""
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fake_world import World
 
 from moe_offload.errors import ExpertReadError
+from moe_offload.offload.device_slot import DeviceSlot
+from moe_offload.offload.host_slots import HostSlots
+from moe_offload.offload.staging_ring import StagingRing
 
 SEEDS_PER_TEST = 50
 
 
 def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> World:
     """Small enough that slots are always short somewhere."""
-    import random
-
     draw = random.Random(seed)
     num_layers = draw.randint(1, 3)
     num_experts = [draw.randint(2, 6) for _ in range(num_layers)]
@@ -128,3 +131,36 @@ def test_closing_in_flight(block: int):
             assert not world.device.hazards
             with pytest.raises(ExpertReadError, match="closed"):
                 world.tier.host.fetch(0, 0, speculative=False, keep=True, landed=print, failed=print)
+
+
+def _nothing(slot: DeviceSlot) -> None:
+    pass
+
+
+def _give_back_now(ring: StagingRing, slot: int, event: Any) -> None:
+    ring.give_back(slot)
+
+
+def _release_now(slots: HostSlots, lease: Any, event: Any) -> None:
+    slots.release(lease)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "broken"),
+    [
+        (DeviceSlot, "use", _nothing),
+        (DeviceSlot, "used", _nothing),
+        (StagingRing, "give_back_after", _give_back_now),
+        (HostSlots, "release_after", _release_now),
+    ],
+)
+def test_a_missing_order_is_found(owner: type, method: str, broken: Callable[..., None]):
+    """Each of the four orders that this file is about is needed, and runs without it do not pass."""
+    for seed in range(SEEDS_PER_TEST):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, method, broken)
+            world = random_run(patch, seed)
+            world.finish()
+        if world.wrong or world.device.hazards:
+            return
+    pytest.fail("every run seemed to be right")

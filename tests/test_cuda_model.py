@@ -1,0 +1,124 @@
+"""Whole models on the CUDA path, with a fake device in place of the GPU and everything else as it is."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from fake_world import FakeCudaHost
+from families import make_config
+from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_model
+
+from moe_offload import OffloadedModel
+from moe_offload.errors import BudgetError
+from moe_offload.offload import model as model_module
+from moe_offload.offload import tiers
+from moe_offload.offload.cuda_tier import CudaTier
+from moe_offload.offload.packer import pack_model
+from moe_offload.offload.plan import Plan, make_plan
+
+FAMILIES = ["mixtral", "gpt_oss", "nllb_moe"]
+Load = Callable[..., OffloadedModel]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = save_random_model(make_config(request.param), folder / "checkpoint")
+    return pack_model(str(checkpoint), folder / "pack", format="source")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Loads as ``device="cuda"`` would, with so many bytes of VRAM and RAM for experts beyond the smallest budgets."""
+    with ExitStack() as stack:
+
+        def plan(*args: Any, slots_bytes: int, host_bytes: int, **kwargs: Any) -> Plan:
+            settings = kwargs | {"device": "cuda"}
+            with pytest.raises(BudgetError) as vram:
+                make_plan(*args, **settings | {"vram_bytes": 1, "ram_bytes": 1 << 40})
+            settings["vram_bytes"] = vram.value.needed_bytes + slots_bytes
+            with pytest.raises(BudgetError) as ram:
+                make_plan(*args, **settings | {"ram_bytes": 1})
+            return make_plan(*args, **settings | {"ram_bytes": ram.value.needed_bytes + host_bytes})
+
+        def load(pack: Path, *, slots_bytes: int, host_bytes: int, seed: int = 0, **kwargs: Any) -> OffloadedModel:
+            def queue(device: torch.device) -> FakeDevice:
+                fake = FakeDevice(seed, eager=True)
+                fake.run_in_background()
+                return fake
+
+            with monkeypatch.context() as patch:
+                patch.setattr(model_module, "make_plan", partial(plan, slots_bytes=slots_bytes, host_bytes=host_bytes))
+                patch.setattr(tiers, "CudaQueue", queue)
+                patch.setattr(tiers, "CudaTier", partial(CudaTier, cuda_host=FakeCudaHost()))
+                settings = {"device": "cpu", "dtype": "float32", "context_tokens": CONTEXT_TOKENS}
+                return stack.enter_context(OffloadedModel.from_pretrained(pack, **settings | kwargs))
+
+        yield load
+
+
+def tier_of(model: OffloadedModel) -> CudaTier:
+    tier = model._residency._tier
+    assert isinstance(tier, CudaTier)
+    return tier
+
+
+@pytest.mark.parametrize(
+    ("slots", "host_slots", "prefetch"), [(0, 0, 0), (0, 4, 1), (4, 12, 0), (8, 4, 2), (1000, 1000, 1)]
+)
+def test_logits_are_those_of_the_cpu(pack: Path, load: Load, slots: int, host_slots: int, prefetch: int):
+    with OffloadedModel.from_pretrained(pack, device="cpu", dtype="float32", context_tokens=CONTEXT_TOKENS) as resident:
+        inputs = example_inputs(resident.model.config)
+        expected = run_logits(resident.model, inputs)
+        slot_bytes = resident.plan.staging_slot_bytes
+    model = load(pack, slots_bytes=slots * slot_bytes, host_bytes=host_slots * slot_bytes, prefetch=prefetch)
+    tokens, logits = run_logits(model.model, inputs)
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(logits, expected[1])
+    tier = tier_of(model)
+    assert not tier._queue.hazards
+    if slots == 1000:  # all in VRAM: each expert came once
+        assert sum(model.plan.num_host_slots) == 0
+        assert tier.bytes_copied == tier.bytes_read <= model.manifest.expert_bytes
+    elif host_slots > slots:  # host memory gave what VRAM had no room for
+        assert tier.bytes_copied > tier.bytes_read > 0
+        assert any(tier.host.resident(layer_idx) for layer_idx in range(len(model.manifest.layers)))
+    model._residency.cache.check_integrity()
+    tier.host.check_integrity()
+    assert model.stats.bytes_copied == tier.bytes_copied
+
+
+def test_two_generations_at_once(pack: Path, load: Load):
+    model = load(pack, slots_bytes=0, host_bytes=4 * 16384, seed=3, prefetch=1)
+    inputs = [example_inputs(model.model.config, batch_size=1, num_tokens=5 + 3 * turn) for turn in range(2)]
+    alone = [run_logits(model.model, each) for each in inputs]
+    together: list[Any] = [None, None]
+
+    def run(turn: int) -> None:
+        together[turn] = run_logits(model.model, inputs[turn])
+
+    threads = [threading.Thread(target=run, args=(turn,)) for turn in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for turn in range(2):
+        assert torch.equal(together[turn][0], alone[turn][0])
+        assert torch.equal(together[turn][1], alone[turn][1])
+    assert not tier_of(model)._queue.hazards
+
+
+def test_a_tier_that_cannot_be_had_leaves_no_threads(pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
+    def refuse(device: FakeDevice, size_bytes: int) -> torch.Tensor:
+        raise BudgetError("the device refuses", needed_bytes=size_bytes, budget_bytes=0)
+
+    monkeypatch.setattr(FakeDevice, "allocate", refuse)
+    with pytest.raises(BudgetError, match="the device refuses"):
+        load(pack, slots_bytes=0, host_bytes=0)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("expert-reader")]
