@@ -16,8 +16,8 @@ from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
+from moe_offload.offload import expert_layer, tiers
 from moe_offload.offload import model as model_module
-from moe_offload.offload import tiers
 from moe_offload.offload.cuda_tier import CudaTier
 from moe_offload.offload.packer import pack_model
 from moe_offload.offload.plan import Plan, make_plan
@@ -122,3 +122,20 @@ def test_a_tier_that_cannot_be_had_leaves_no_threads(pack: Path, load: Load, mon
     with pytest.raises(BudgetError, match="the device refuses"):
         load(pack, slots_bytes=0, host_bytes=0)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("expert-reader")]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on the device."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_copy_brings_ids_and_weights(dtype: torch.dtype):
+    index = torch.tensor([3, 0, 2**31])
+    weights = torch.tensor([0.1, 1 / 3, 0.7]).to(dtype)
+    here = expert_layer._values(index, weights)
+    assert here == (index.tolist(), weights.tolist())
+    assert expert_layer._values(index.as_subclass(Elsewhere), weights.as_subclass(Elsewhere)) == here
