@@ -11,46 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moe_offload.cache import Admit, ExpertCache, Lease
+from moe_offload.offload.arrivals import Arrival, Arrivals, patiently
 from moe_offload.offload.compute_tier import ComputeTier, Transfer
 from moe_offload.offload.expert_weights import ExpertWeights
+from moe_offload.offload.interrupts import InterruptShield
 from moe_offload.offload.reader import ReadCancelledError
 
 Compute = Callable[[int, ExpertWeights], None]
-_Arrival = tuple[int, int, BaseException | None]  # expert_idx, slot, what went wrong
-
-
-class _Arrivals:
-    """What has arrived for one step. When the step ends, early or not, its staging slots go back to the free ones."""
-
-    def __init__(self, free_staging: "queue.SimpleQueue[int]") -> None:
-        self._free_staging = free_staging
-        self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._ended = False
-
-    def put(self, expert_idx: int, slot: int, error: BaseException | None) -> None:
-        """An expert's bytes are in a slot, or will not come; nothing is written to the slot any more."""
-        with self._lock:
-            if not self._ended:
-                self._arrived.put((expert_idx, slot, error))
-            elif slot < 0:
-                self._free_staging.put(slot)
-
-    def get(self, *, block: bool) -> _Arrival:
-        """The next one; `queue.Empty` if there is none and ``block`` is not set."""
-        return self._arrived.get(block=block)
-
-    def end(self) -> None:
-        """The step is over."""
-        with self._lock:
-            self._ended = True
-        while True:
-            try:
-                _, slot, _ = self._arrived.get_nowait()
-            except queue.Empty:
-                return
-            if slot < 0:
-                self._free_staging.put(slot)
 
 
 @dataclass(eq=False)
@@ -59,7 +26,7 @@ class _Load:
 
     slot: int
     speculative: bool
-    waiting: list[_Arrivals] = field(default_factory=list)
+    waiting: list[Arrivals] = field(default_factory=list)
     transfer: Transfer | None = None
 
 
@@ -107,8 +74,21 @@ class Residency:
         """Call ``compute(expert_idx, weights)`` once for each expert, in no particular order.
 
         ``issued`` is called when all misses are on their way and before anything is computed. Raises what a failed
-        transfer raised; the slots are given back in any case.
+        transfer raised; the slots are given back in any case. Ctrl-C comes through between two experts.
         """
+        with InterruptShield() as shield:
+            self._step(layer_idx, expert_ids, compute, weights, prefill, issued, shield)
+
+    def _step(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        compute: Compute,
+        weights: Sequence[float] | None,
+        prefill: bool,
+        issued: Callable[[], None] | None,
+        shield: InterruptShield,
+    ) -> None:
         if self._interrupted:
             self._recover()
         lease = self.cache.acquire(
@@ -118,9 +98,9 @@ class Residency:
             admit=Admit.IF_HOTTER if prefill else Admit.ALWAYS,
             phase="prefill" if prefill else "decode",
         )
-        arrivals = _Arrivals(self._free_staging)
+        arrivals = Arrivals(self._free_staging)
         try:
-            self._run(lease, compute, issued, arrivals)
+            self._run(lease, compute, issued, arrivals, shield)
         except BaseException:
             self._interrupted = True
             raise
@@ -128,10 +108,18 @@ class Residency:
             arrivals.end()
             self.cache.release(lease)
 
-    def _run(self, lease: Lease, compute: Compute, issued: Callable[[], None] | None, arrivals: _Arrivals) -> None:
+    def _run(
+        self,
+        lease: Lease,
+        compute: Compute,
+        issued: Callable[[], None] | None,
+        arrivals: Arrivals,
+        shield: InterruptShield,
+    ) -> None:
         layer_idx, bypassed = lease.layer_idx, list(lease.bypassed)
         for miss in lease.misses:
-            self._begin(layer_idx, miss.expert_idx, miss.slot, speculative=False, waiting=[arrivals])
+            load = self._register(layer_idx, miss.expert_idx, _Load(miss.slot, False, [arrivals]))
+            self._transfer(layer_idx, miss.expert_idx, load)
         num_pending = len(lease.misses)
         ready: list[tuple[int, int]] = []
         for hit in lease.hits:
@@ -147,11 +135,12 @@ class Residency:
         if issued is not None:
             issued()
         for expert_idx, slot in ready:
+            shield.check()
             self._compute(layer_idx, expert_idx, slot, compute)
         while num_pending or bypassed:
             if not num_pending:
-                num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=True)
-            expert_idx, slot, error = self._next(arrivals)
+                num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
+            expert_idx, slot, error = self._next(arrivals, shield)
             num_pending -= 1
             try:
                 if error is not None:
@@ -169,33 +158,25 @@ class Residency:
         finally:
             self._tier.used(layer_idx, slot)  # also if it failed midway: what it has launched still reads the slot
 
-    def _next(self, arrivals: _Arrivals) -> _Arrival:
+    def _next(self, arrivals: Arrivals, shield: InterruptShield) -> Arrival:
+        shield.check()
         try:
-            return arrivals.get(block=False)
+            return arrivals.get(0)
         except queue.Empty:
             begin_s = time.perf_counter()
             try:
-                return arrivals.get(block=True)
+                return patiently(arrivals.get, shield)
             finally:
                 self.stall_s += time.perf_counter() - begin_s
 
     # -- transfers --
 
-    def _begin(
-        self,
-        layer_idx: int,
-        expert_idx: int,
-        slot: int,
-        *,
-        speculative: bool,
-        waiting: Sequence[_Arrivals] = (),
-    ) -> None:
-        """Fill a cache slot that the cache has just given to an expert."""
-        load = _Load(slot, speculative, list(waiting))
+    def _register(self, layer_idx: int, expert_idx: int, load: _Load) -> _Load:
+        """Put on the books that a slot which the cache has just given to an expert is going to be filled."""
         with self._lock:
             self._loads[layer_idx, expert_idx] = load
-            self._expert_in.pop((layer_idx, slot), None)
-        self._transfer(layer_idx, expert_idx, load)
+            self._expert_in.pop((layer_idx, load.slot), None)
+        return load
 
     def _transfer(self, layer_idx: int, expert_idx: int, load: _Load) -> None:
         def done(error: BaseException | None) -> None:
@@ -230,7 +211,7 @@ class Residency:
         with self._lock:
             return self._expert_in.get((layer_idx, slot)) == expert_idx
 
-    def _wait_for(self, layer_idx: int, expert_idx: int, arrivals: _Arrivals) -> bool:
+    def _wait_for(self, layer_idx: int, expert_idx: int, arrivals: Arrivals) -> bool:
         """Be told when a transfer that somebody else began is done; False if there is none."""
         with self._lock:
             load = self._loads.get((layer_idx, expert_idx))
@@ -242,7 +223,9 @@ class Residency:
                 load.transfer.promote()
             return True
 
-    def _begin_staged(self, layer_idx: int, expert_ids: list[int], arrivals: _Arrivals, *, wait: bool = False) -> int:
+    def _begin_staged(
+        self, layer_idx: int, expert_ids: list[int], arrivals: Arrivals, *, wait: InterruptShield | None = None
+    ) -> int:
         """Start as many of ``expert_ids`` as there are free staging slots, taking them off the list; how many.
 
         ``wait``: at least one. Only a step that holds no staging slot waits for one, so steps never wait in a ring.
@@ -250,9 +233,11 @@ class Residency:
         num_begun = 0
         while expert_ids:
             try:
-                slot = self._free_staging.get(block=wait and not num_begun)
+                slot = self._free_staging.get_nowait()
             except queue.Empty:
-                break
+                if wait is None or num_begun:
+                    break
+                slot = patiently(lambda timeout_s: self._free_staging.get(timeout=timeout_s), wait)
             expert_idx = expert_ids.pop(0)
 
             def done(error: BaseException | None, expert_idx: int = expert_idx, slot: int = slot) -> None:
@@ -269,8 +254,13 @@ class Residency:
 
     def prefetch(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Start bringing experts that a step may ask for, behind all demand."""
-        for placement in self.cache.admit_prefetch(layer_idx, expert_ids):
-            self._begin(layer_idx, placement.expert_idx, placement.slot, speculative=True)
+        with self._lock:  # no step is to recover meanwhile: it would take back slots that nothing is known to fill
+            loads = [
+                (placement.expert_idx, self._register(layer_idx, placement.expert_idx, _Load(placement.slot, True)))
+                for placement in self.cache.admit_prefetch(layer_idx, expert_ids)
+            ]
+        for expert_idx, load in loads:
+            self._transfer(layer_idx, expert_idx, load)
 
     def cancel_prefetches(self, layer_idx: int, wanted: Iterable[int]) -> None:
         """Give up prefetches of a layer that are not ``wanted`` and that nobody waits for."""

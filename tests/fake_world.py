@@ -13,6 +13,7 @@ from fake_device import FakeDevice
 from fake_reader import FakeReader
 
 from moe_offload.cache import ExpertCache
+from moe_offload.offload import arrivals as arrivals_module
 from moe_offload.offload import residency as residency_module
 from moe_offload.offload.cuda_tier import CudaTier
 from moe_offload.offload.expert_weights import ExpertWeights
@@ -97,7 +98,7 @@ class World:
                 self.items: deque[Any] = deque()
                 self.put = self.items.append
 
-            def get(self, block: bool = True) -> Any:
+            def get(self, block: bool = True, timeout: float | None = None) -> Any:
                 world.drift()
                 while not self.items:
                     if not block:
@@ -108,7 +109,8 @@ class World:
             def get_nowait(self) -> Any:
                 return self.get(block=False)
 
-        patch.setattr(residency_module, "queue", SimpleNamespace(SimpleQueue=PumpedQueue, Empty=queue.Empty))
+        for module in (residency_module, arrivals_module):
+            patch.setattr(module, "queue", SimpleNamespace(SimpleQueue=PumpedQueue, Empty=queue.Empty))
         self.tier = CudaTier(
             manifest,
             self.reader,  # type: ignore[arg-type]
