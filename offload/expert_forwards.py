@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moe_offload.errors import ConfigError
 from moe_offload.offload.expert_containers import ExpertContainer
-from moe_offload.offload.expert_layer import ExpertLayer
+from moe_offload.offload.expert_layer import ExpertFn, ExpertLayer
 from moe_offload.offload.expert_weights import ExpertWeights
 
 IMPLEMENTATION = "offload"
@@ -136,7 +137,7 @@ def _jetmoe(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
 
 
 def _switch(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
-    """Switch Transformers: one expert a token, none where its capacity is used up; ``selected [T, 1, E]`` is one-hot."""
+    """Switch Transformers: one expert a token, none where its capacity is used up; ``selected [T, 1, E]`` one-hot."""
     act = module["expert_0"].act
 
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -207,6 +208,17 @@ def strip_parameters(container: ExpertContainer) -> None:
             owner._is_hf_initialized = True  # type: ignore[assignment]
     for module in container.module.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def layer_and_expert(module: nn.Module) -> tuple[ExpertLayer, ExpertFn]:
+    """The layer of a container that was installed, and one expert's MLP; `ConfigError` if it has no such thing."""
+    installed: tuple[ExpertLayer, ExpertFn] | None = getattr(module, _LAYER, None)
+    if installed is None:
+        raise ConfigError(
+            f"{type(module).__name__} is not the experts module of an offloaded model, or is of a family whose experts "
+            "are not called one by one"
+        )
+    return installed
 
 
 def install_expert_layer(container: ExpertContainer, layer: ExpertLayer) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from moe_offload.errors import ConfigError
 from moe_offload.offload.expert_weights import ExpertWeights
 from moe_offload.offload.residency import Residency
 
@@ -36,6 +37,7 @@ class StepState:
 
     prefill: bool = False
     predictor: Predictor | None = None
+    closed: bool = False
     _thread: threading.local = field(default_factory=threading.local)
 
     @contextmanager
@@ -48,7 +50,12 @@ class StepState:
             self._thread.stopped = None
 
     def check_stopped(self) -> None:
-        """`StoppedError` if this thread is at a prompt and was stopped; a decode step is short and ends by itself."""
+        """`StoppedError` if this thread is at a prompt and was stopped; a decode step is short and ends by itself.
+
+        `ConfigError` if the model was closed.
+        """
+        if self.closed:
+            raise ConfigError("the model is closed: its experts are gone; load it again")
         stopped = getattr(self._thread, "stopped", None)
         if self.prefill and stopped is not None and stopped.is_set():
             raise StoppedError

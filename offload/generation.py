@@ -151,6 +151,7 @@ class Generator:
         self._context_tokens, self._chunk_tokens = context_tokens, chunk_tokens
         self._running: set[_Clock] = set()
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self.last_run: RunReport | None = None
         self.prompt_tokens = self.new_tokens = 0
         self.time_to_first_token_s = self.decode_s = 0.0
@@ -160,6 +161,11 @@ class Generator:
         with self._lock:
             for clock in self._running:
                 clock.stopped.set()
+
+    def wait_until_idle(self, timeout_s: float) -> None:
+        """Return when no answer is running any more, or when the time is over."""
+        with self._lock:
+            self._idle.wait_for(lambda: not self._running, timeout_s)
 
     def text(self, inputs: Any, *, seed: int | None = None, **sampling: Any) -> str:
         """The whole answer."""
@@ -250,6 +256,7 @@ class Generator:
     def _report(self, clock: _Clock, prompt_tokens: int, earlier: Any) -> None:
         with self._lock:
             self._running.discard(clock)
+            self._idle.notify_all()
             report = self._meter.since(
                 earlier,
                 prompt_tokens=prompt_tokens,

@@ -95,6 +95,6 @@ def load_model(
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if missing:
         raise PackCorruptError(f"the pack lacks {len(missing)} dense weights, first {missing[0]}; {REPACK}")
-    model.save_pretrained = _refuse_saving
+    model.save_pretrained = model.push_to_hub = _refuse_saving
     _track_phase(model, step)
     return LoadedModel(model, residency, step)

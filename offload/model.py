@@ -32,6 +32,7 @@ from moe_offload.offload.reports import RunReport
 from moe_offload.offload.tiers import make_tier
 from moe_offload.offload.workspace import experts_per_token
 
+CLOSE_TIMEOUT_S = 10.0
 VERIFY_MODES = ("first", "always", "off")
 
 
@@ -79,7 +80,7 @@ class OffloadedModel:
         """For `from_pretrained`."""
         self.model, self.tokenizer = loaded.model, tokenizer
         self.plan, self.manifest = plan, manifest
-        self._residency = loaded.residency
+        self._residency, self._step = loaded.residency, loaded.step
         modules = [layer.module for layer in manifest.layers]
         lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
         loaded.step.predictor = lookahead
@@ -147,7 +148,7 @@ class OffloadedModel:
             )
         give_freed_memory_back()
         manifest = read_manifest(folder)
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         torch_dtype = _dtype(dtype, config)
@@ -260,6 +261,8 @@ class OffloadedModel:
     def _encode_chat(self, messages: list[dict[str, str]]) -> Any:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ConfigError("the model has no chat template: it is not made for chat; use generate (--raw)")
+        if not messages:
+            raise ConfigError("the conversation has no messages")
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -293,8 +296,10 @@ class OffloadedModel:
         self.model.save_pretrained(*args, **kwargs)
 
     def close(self) -> None:
-        """Stop transfers and free the slots. The model cannot run afterwards."""
+        """Stop what is running and free the slots; the model refuses to run afterwards. May be called twice."""
         self.stop()
+        self._generator.wait_until_idle(CLOSE_TIMEOUT_S)
+        self._step.closed = True
         self._residency.close()
 
     def __enter__(self) -> Self:
@@ -325,4 +330,4 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer of the pack, or None where the checkpoint had none."""
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
