@@ -18,7 +18,7 @@ from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 
 NUM_EXPERTS = 8
 TOP_K = 2
-NOISE = 0.02  # standard deviation, relative to the weight's own
+NOISE = 0.01  # standard deviation, relative to the weight's own
 TURNS = 10  # conversations in one forward pass
 DTYPE = torch.bfloat16
 
