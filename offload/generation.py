@@ -3,6 +3,7 @@
 import copy
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,7 +150,8 @@ class Generator:
     ) -> None:
         self._model, self._tokenizer, self._meter, self._step = model, tokenizer, meter, step
         self._context_tokens, self._chunk_tokens = context_tokens, chunk_tokens
-        self._running: set[_Clock] = set()
+        # Weak: an interrupt may strike between the beginning of an answer and the code that sees to its end.
+        self._running: weakref.WeakSet[_Clock] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self.last_run: RunReport | None = None
