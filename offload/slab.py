@@ -8,7 +8,7 @@ from typing import Protocol
 import psutil
 import torch
 
-from moe_offload.errors import BudgetError
+from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.offload.sizes import format_size
 
 
@@ -102,7 +102,7 @@ class Slab:
 
     def _start(self, slot: int) -> int:
         if self._memory is None:
-            raise ValueError("the slab is closed")
+            raise ConfigError("the memory of the experts was freed: the model is closed; load it again")
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} of {self.num_slots}")
         return slot * self.slot_bytes

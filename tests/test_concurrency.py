@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_runs import example_inputs
 from faulty_disk import FaultyDisk
 from loaded_models import PROMPT, check_health, loaded, make_pack, wait_for
 
@@ -294,3 +296,24 @@ def test_closing_ends_a_generation(
         with pytest.raises(MoeOffloadError, match="closed"):
             run(model, PROMPT)
         model.close()
+
+
+def test_closing_under_a_forward_pass(pack: Path) -> None:
+    """Passes of the transformers model itself, which `close` does not wait for, end in an error of ours."""
+    for delay_s in (0.0, 0.01, 0.02, 0.03):
+        with loaded(pack, [2, 2, 2], prefetch=1) as model, ThreadPoolExecutor(1) as pool:
+            begun = threading.Event()
+
+            def work(model: Any = model.model, begun: threading.Event = begun) -> None:
+                inputs = example_inputs(model.config, 2, 40)
+                with torch.inference_mode():
+                    while True:
+                        model(**inputs)
+                        begun.set()
+
+            running = pool.submit(work)
+            begun.wait()
+            time.sleep(delay_s)
+            model.close()
+            with pytest.raises(MoeOffloadError):
+                running.result(timeout=30)

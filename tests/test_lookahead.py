@@ -1,0 +1,226 @@
+"""Asking later layers' routers ahead of time: what is predicted, what it brings, and when it is left off."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_runs import example_inputs
+from faulty_disk import FaultyDisk
+from loaded_models import PROMPT, check_health, loaded, make_pack
+
+from moe_offload import OffloadedModel
+from moe_offload.errors import ConfigError
+from moe_offload.offload.lookahead import LookaheadCounts
+from moe_offload.offload.prefetch_tuning import HOLD_STEPS, TRIAL_STEPS, TRIALS, PrefetchTuner, parse_prefetch
+
+NUM_LAYERS, TOP_K = 3, 2
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("lookahead"), "mixtral")
+
+
+def make_predictable(model: Any) -> None:
+    """Attention and experts add nothing, and all norms and routers are one: each layer chooses what the first did."""
+    layers = model.model.layers
+    for layer in layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        layer.post_attention_layernorm.weight.data.copy_(layers[0].post_attention_layernorm.weight.data)
+        layer.mlp.gate.weight.data.copy_(layers[0].mlp.gate.weight.data)
+
+
+@pytest.fixture
+def disk() -> FaultyDisk:
+    return FaultyDisk()
+
+
+@pytest.fixture
+def model(pack: Path, disk: FaultyDisk) -> Iterator[OffloadedModel]:
+    with loaded(pack, [4] * NUM_LAYERS, disk, prefetch=1) as model:
+        yield model
+
+
+def decode(model: OffloadedModel, num_tokens: int = 20) -> None:
+    inputs = example_inputs(model.model.config, 1, 1)
+    model.model.generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+
+
+def test_a_predictable_router_is_predicted(model: OffloadedModel) -> None:
+    make_predictable(model.model)
+    decode(model)
+    stats = model.stats
+    assert stats.prefetch_recall == 1.0
+    counts = model._meter.read()[-1]
+    # All but the first pass, which finds out how; each layer but the first is predicted by the one before.
+    assert counts.chosen == counts.predicted == counts.right == 19 * (NUM_LAYERS - 1) * TOP_K
+    assert stats.prefetch_used > 0
+    assert stats.prefetch_wasted == 0
+    check_health(model)
+
+
+def test_prefetched_experts_are_hits(pack: Path) -> None:
+    """With prefetching, only the first layer still waits for experts that nobody foresaw."""
+    misses = {}
+    for depth in (0, 2):
+        with loaded(pack, [4] * NUM_LAYERS, prefetch=depth) as model:
+            make_predictable(model.model)
+            decode(model, 3)
+            before = model._residency.cache.stats.snapshot()
+            decode(model)
+            counts = model._residency.cache.stats.snapshot().diff(before)
+            misses[depth] = [layer.decode.misses for layer in counts.layers]
+    assert misses[0][0] == misses[2][0] > 0
+    assert min(misses[0][1:]) > 0
+    assert misses[2][1:] == [0, 0]
+
+
+def test_what_was_wrong_is_counted(model: OffloadedModel) -> None:
+    """A router that chooses at random is predicted at random."""
+    gate = model.model.model.layers[1].mlp.gate
+    generator = torch.Generator().manual_seed(0)
+    chosen: list[list[int]] = []
+
+    def choose(module: Any, args: Any, output: Any) -> Any:
+        logits, weights, _ = output
+        index = torch.stack([torch.randperm(8, generator=generator)[:TOP_K] for _ in range(len(weights))])
+        chosen.extend(index.tolist())
+        return logits, weights, index
+
+    gate.register_forward_hook(choose)
+    decode(model, 30)
+    assert chosen
+    assert 0 < model.stats.prefetch_recall < 0.9
+    assert model.stats.prefetch_wasted > 0
+    check_health(model)
+
+
+def test_prompts_and_large_batches_are_not_predicted(model: OffloadedModel) -> None:
+    config = model.model.config
+    with torch.inference_mode():
+        model.model(**example_inputs(config, 1, 3))
+        model.model(**example_inputs(config, 1, 30))
+        model.model(**example_inputs(config, 9, 1))
+    assert model.stats.prefetch_issued == 0
+    assert model._meter.read()[-1] == LookaheadCounts()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_depth_is_how_many_layers_are_asked(pack: Path, depth: int) -> None:
+    with loaded(pack, [8] * NUM_LAYERS, prefetch=depth) as model:
+        lookahead = model._meter._lookahead
+        asked: list[int] = []
+        lookahead._residency.prefetch = lambda layer_idx, experts: asked.append(layer_idx)  # type: ignore[method-assign]
+        decode(model, 2)
+        # Deeper layers were asked by the layers before, as far as the depth reached.
+        assert asked == {1: [1, 2], 2: [1, 2], 5: [1, 2]}[depth]
+        assert lookahead.num_sites == NUM_LAYERS
+
+
+def test_off_asks_nobody(pack: Path) -> None:
+    with loaded(pack, [2] * NUM_LAYERS, prefetch="off") as model:
+        model.generate(PROMPT, max_new_tokens=12)
+        assert model.stats.prefetch_issued == 0
+        assert model.stats.prefetch_recall == 0.0
+
+
+def test_a_late_prefetch_is_waited_for(model: OffloadedModel, disk: FaultyDisk) -> None:
+    """On a slow disk steps find prefetches under way, and wait for them instead of reading the expert once more."""
+    make_predictable(model.model)
+    decode(model, 2)
+    disk.delay_reads(0.005)
+    disk.log.clear()
+    before = model._residency.cache.stats.snapshot()
+    decode(model, 20)
+    check_health(model)
+    counts = model._residency.cache.stats.snapshot().diff(before)
+    assert counts.prefetch.late > 0
+    assert len(disk.log) == counts.total.misses + counts.total.bypassed + counts.prefetch.issued
+
+
+def test_slots_for_one_token_leave_no_room(pack: Path) -> None:
+    """A prefetch never takes the place of what its layer's last step used."""
+    with loaded(pack, [TOP_K] * NUM_LAYERS, prefetch=1) as model:
+        decode(model)
+        assert model.stats.prefetch_issued == 0
+        assert model.stats.prefetch_recall > 0
+
+
+# -- auto --
+
+
+def run_steps(tuner: PrefetchTuner, num_steps: int, on_s: float, off_s: float) -> list[int]:
+    """Depths of the steps; a step takes ``on_s`` with prefetching and ``off_s`` without."""
+    depths = []
+    for _ in range(num_steps):
+        depths.append(tuner.depth)
+        tuner.record(on_s if tuner.depth else off_s)
+    return depths
+
+
+TRIAL_PERIOD = 2 * TRIALS * TRIAL_STEPS
+
+
+def test_auto_tries_both_in_turn() -> None:
+    depths = run_steps(PrefetchTuner(1), TRIAL_PERIOD, on_s=1.0, off_s=1.0)
+    assert depths == ([0] * TRIAL_STEPS + [1] * TRIAL_STEPS) * TRIALS
+
+
+@pytest.mark.parametrize(("on_s", "depth"), [(0.9, 2), (0.99, 0), (1.0, 0), (1.5, 0)])
+def test_auto_keeps_what_is_faster(on_s: float, depth: int) -> None:
+    tuner = PrefetchTuner(2)
+    run_steps(tuner, TRIAL_PERIOD, on_s, off_s=1.0)
+    assert run_steps(tuner, HOLD_STEPS, on_s, off_s=1.0) == [depth] * HOLD_STEPS
+
+
+def test_auto_tries_again_later() -> None:
+    """A disk that becomes slow, or a cache that warms up, is noticed."""
+    tuner = PrefetchTuner(1)
+    run_steps(tuner, TRIAL_PERIOD, on_s=1.2, off_s=1.0)
+    assert tuner.depth == 0
+    run_steps(tuner, HOLD_STEPS, on_s=1.2, off_s=1.0)
+    assert 1 in run_steps(tuner, TRIAL_PERIOD, on_s=0.5, off_s=1.0)
+    assert run_steps(tuner, HOLD_STEPS, on_s=0.5, off_s=1.0) == [1] * HOLD_STEPS
+    run_steps(tuner, TRIAL_PERIOD, on_s=1.5, off_s=1.0)
+    assert tuner.depth == 0
+
+
+def test_auto_is_not_misled_by_a_hiccup() -> None:
+    tuner = PrefetchTuner(1)
+    for step in range(TRIAL_PERIOD):
+        hiccup_s = 50.0 if step % 7 == 3 else 0.0
+        tuner.record(hiccup_s + (1.1 if tuner.depth else 1.0))
+    assert tuner.depth == 0
+
+
+def test_auto_does_not_count_the_first_step_of_a_trial() -> None:
+    """It still lives on what the other setting brought."""
+    tuner = PrefetchTuner(1)
+    before = tuner.depth
+    for step in range(TRIAL_PERIOD):
+        switched = tuner.depth != before or step == 0
+        before = tuner.depth
+        tuner.record(0.0 if switched and tuner.depth else 100.0 if switched else 1.1 if tuner.depth else 1.0)
+    assert tuner.depth == 0
+
+
+def test_auto_gives_the_same_tokens_whatever_it_finds(pack: Path) -> None:
+    with loaded(pack, [8] * NUM_LAYERS, prefetch="off") as model:
+        answer = model.generate(PROMPT, max_new_tokens=50)
+    with loaded(pack, [4] * NUM_LAYERS, prefetch="auto") as model:
+        assert model.generate(PROMPT, max_new_tokens=50) == answer
+        assert model.stats.prefetch_issued > 0
+
+
+@pytest.mark.parametrize(("prefetch", "depth"), [("off", 0), ("auto", 1), (0, 0), (3, 3)])
+def test_prefetch_settings(prefetch: str | int, depth: int) -> None:
+    assert parse_prefetch(prefetch) == depth
+
+
+@pytest.mark.parametrize("prefetch", ["on", "2", -1, True, 1.5])
+def test_wrong_prefetch_settings(prefetch: Any) -> None:
+    with pytest.raises(ConfigError, match="use off, auto or a number of layers"):
+        parse_prefetch(prefetch)
