@@ -1,6 +1,7 @@
 """The logits are the same bits whatever the budget, the policy, prefetching, and the order in which reads arrive."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def test_logits_are_those_of_all_experts_resident(
             check_health(model)
 
 
+@pytest.fixture
+def disk() -> FaultyDisk:
+    return FaultyDisk()
+
+
 def reads_by_expert(disk: FaultyDisk) -> Counter[tuple[str, int]]:
     return Counter((name, offset_bytes) for name, offset_bytes, _ in disk.log)
 
@@ -114,28 +120,43 @@ def residents(model: OffloadedModel) -> list[set[int]]:
     return [set(model._residency.cache.resident(layer_idx)) for layer_idx in range(NUM_LAYERS)]
 
 
-@torch.inference_mode()
-def test_a_prompt_leaves_what_decoding_found_hot(packs: Any) -> None:
-    disk = FaultyDisk()
+@pytest.fixture
+def warm_model(packs: Any, disk: FaultyDisk) -> Iterator[OffloadedModel]:
+    """A model that has decoded for a while, with every slot taken."""
     with loaded(packs("mixtral", "nf4").folder, [4] * NUM_LAYERS, disk, prefetch="off") as model:
-        inputs = example_inputs(model.model.config, 1, 3)
+        inputs = example_inputs(model.model.config, 1, 1)
         model.model.generate(**inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-        hot = residents(model)
-        assert [len(experts) for experts in hot] == [4] * NUM_LAYERS
+        assert [len(experts) for experts in residents(model)] == [4] * NUM_LAYERS
         disk.log.clear()
-        before = model._residency.cache.stats.snapshot()
-        model.model(**example_inputs(model.model.config, 1, 48))
-        counts = model._residency.cache.stats.snapshot().diff(before)
-        assert counts.prefill.requests > 4 * NUM_LAYERS, "the prompt touches more than fits"
-        assert counts.decode.requests == 0
-        assert counts.prefill.evictions == 0
-        assert residents(model) == hot
-        assert counts.prefill.hits + len(disk.log) == counts.prefill.requests, "resident ones are not read again"
+        yield model
 
 
 @torch.inference_mode()
-def test_a_prompt_moves_each_expert_once_per_chunk(packs: Any) -> None:
-    disk = FaultyDisk()
+def test_a_prompt_of_everything_leaves_what_decoding_found_hot(warm_model: OffloadedModel, disk: FaultyDisk) -> None:
+    cache, hot = warm_model._residency.cache, residents(warm_model)
+    before = cache.stats.snapshot()
+    warm_model.model(**example_inputs(warm_model.model.config, 1, 48))
+    counts = cache.stats.snapshot().diff(before)
+    assert counts.decode.requests == 0
+    assert counts.prefill.requests > counts.prefill.hits == 4 * NUM_LAYERS
+    assert counts.prefill.hits + len(disk.log) == counts.prefill.requests, "resident ones are not read again"
+    assert residents(warm_model) == hot
+
+
+@torch.inference_mode()
+def test_a_prompt_of_cold_experts_leaves_what_decoding_found_hot(warm_model: OffloadedModel) -> None:
+    """One word over and over: a token's experts in each layer, some of them cold, while hot ones stand by."""
+    cache, hot = warm_model._residency.cache, residents(warm_model)
+    before = cache.stats.snapshot()
+    warm_model.model(torch.full((1, 48), 7))
+    counts = cache.stats.snapshot().diff(before)
+    assert counts.prefill.requests == 2 * NUM_LAYERS
+    assert counts.prefill.bypassed > 0
+    assert residents(warm_model) == hot
+
+
+@torch.inference_mode()
+def test_a_prompt_moves_each_expert_once_per_chunk(packs: Any, disk: FaultyDisk) -> None:
     with loaded(packs("qwen3_moe", "int8").folder, [1] * NUM_LAYERS, disk, prefetch="off") as model:
         inputs = example_inputs(model.model.config, 2, 60)
         model.model(**inputs)
