@@ -122,8 +122,8 @@ def residents(model: OffloadedModel) -> list[set[int]]:
 
 @pytest.fixture
 def warm_model(packs: Any, disk: FaultyDisk) -> Iterator[OffloadedModel]:
-    """A model that has decoded for a while, with every slot taken."""
-    with loaded(packs("mixtral", "nf4").folder, [4] * NUM_LAYERS, disk, prefetch="off") as model:
+    """A model that has decoded for a while, with every slot taken by one of the experts that were used last."""
+    with loaded(packs("mixtral", "nf4").folder, [4] * NUM_LAYERS, disk, policy="lru", prefetch="off") as model:
         inputs = example_inputs(model.model.config, 1, 1)
         model.model.generate(**inputs, max_new_tokens=24, min_new_tokens=24, do_sample=False)
         assert [len(experts) for experts in residents(model)] == [4] * NUM_LAYERS
