@@ -3,7 +3,7 @@
 import sys
 import zipfile
 
-PACKAGES = ("", "cache/", "cli/", "offload/", "quant/")
+PACKAGES = ("", "cache/", "cli/", "offload/", "offload/pack/", "quant/")
 
 
 def main(path: str) -> None:

@@ -22,7 +22,7 @@ CHILD = """
 import json, sys, time
 import torch, transformers
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-from moe_offload.offload.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 base_bytes = rss_bytes(); reset_peak_rss()
 from moe_offload import OffloadedModel
 pack, ram_bytes, tokens, prefetch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -57,10 +57,10 @@ with OffloadedModel.from_pretrained(pack, device="cpu", ram=ram_bytes, context_t
 PLAN = """
 import json, sys
 from transformers import AutoConfig
-from moe_offload.offload.pack_manifest import read_manifest
+from moe_offload.offload.pack.manifest import read_manifest
 from moe_offload.offload.dense_weights import DenseWeights
-from moe_offload.offload.plan import make_plan
-from moe_offload.offload.workspace import experts_per_token
+from moe_offload.offload.planning.plan import make_plan
+from moe_offload.offload.planning.workspace import experts_per_token
 from pathlib import Path
 manifest, config = read_manifest(sys.argv[1]), AutoConfig.from_pretrained(sys.argv[1])
 top_k = experts_per_token(config)
@@ -123,9 +123,9 @@ def main() -> None:
     import torch
     from transformers import MixtralConfig
 
-    from moe_offload.offload.demo import ensure_demo
-    from moe_offload.offload.rates import disk_read_rate, memory_read_rate
-    from moe_offload.offload.synthetic_pack import write_synthetic_pack
+    from moe_offload.offload.demo.build import ensure_demo
+    from moe_offload.offload.pack.synthetic import write_synthetic_pack
+    from moe_offload.offload.planning.rates import disk_read_rate, memory_read_rate
     from moe_offload.quant import backend_name
 
     memory_rate = memory_read_rate().bytes_per_s

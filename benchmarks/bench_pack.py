@@ -23,8 +23,8 @@ import json, sys, time
 from pathlib import Path
 import torch, transformers
 transformers.logging.set_verbosity_error()
-from moe_offload.offload.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+from moe_offload.offload.pack.packer import pack_model
 base_bytes = rss_bytes(); reset_peak_rss()
 begin_s = time.perf_counter()
 pack_model(sys.argv[1], Path(sys.argv[2]), format=sys.argv[3])

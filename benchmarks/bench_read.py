@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-from moe_offload.offload.disk import DirectDisk
-from moe_offload.offload.pack_manifest import LayerLayout, PackManifest
-from moe_offload.offload.pack_writer import PackWriter
-from moe_offload.offload.reader import ExpertReader, Read, Verify
-from moe_offload.offload.slab import Slab
+from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
+from moe_offload.offload.pack.writer import PackWriter
+from moe_offload.offload.streaming.disk import DirectDisk
+from moe_offload.offload.streaming.reader import ExpertReader, Read, Verify
+from moe_offload.offload.streaming.slab import Slab
 
 MIB = 1 << 20
 PIECE_BYTES = 4 * MIB

@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_offload._version import VERSION
 from moe_offload.offload.home import home_dir
-from moe_offload.offload.sizes import format_size
+from moe_offload.offload.planning.sizes import format_size
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
@@ -18,8 +18,8 @@ def examine() -> dict[str, Any]:
     """Everything that is known, by name; rates are bytes a second. Takes a few seconds."""
     import torch
 
-    from moe_offload.offload.memory import ram_memory
-    from moe_offload.offload.rates import disk_read_rate, host_to_device_rate, memory_read_rate
+    from moe_offload.offload.planning.memory import ram_memory
+    from moe_offload.offload.planning.rates import disk_read_rate, host_to_device_rate, memory_read_rate
     from moe_offload.quant import backend_name
 
     home = home_dir()
@@ -97,7 +97,7 @@ def _installed() -> dict[str, str | None]:
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
-    from moe_offload.offload.memory import vram_memory
+    from moe_offload.offload.planning.memory import vram_memory
 
     memory = vram_memory(index)
     assert memory is not None

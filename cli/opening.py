@@ -19,7 +19,7 @@ from moe_offload.cli.sampling import Sampling
 
 if TYPE_CHECKING:
     from moe_offload.offload.model import OffloadedModel
-    from moe_offload.offload.plan import Plan
+    from moe_offload.offload.planning.plan import Plan
 
 _SOURCE = "source"
 
@@ -51,7 +51,7 @@ def open_model(name: str | None, load: Mapping[str, Any], console: Console) -> I
             _silence_transformers()
         try:
             if name is None:
-                from moe_offload.offload.demo import DEMO_RAM, ensure_demo
+                from moe_offload.offload.demo.build import DEMO_RAM, ensure_demo
 
                 path, name = str(ensure_demo(progress)), "the built-in demo"
                 load = {"ram": DEMO_RAM, **load}

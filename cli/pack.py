@@ -28,14 +28,14 @@ def pack(model: str, output: Path | None, **formats: Any) -> None:
     from moe_offload.cli.consoles import notes_console
     from moe_offload.cli.opening import quiet_libraries
     from moe_offload.cli.progress import TerminalProgress
-    from moe_offload.offload.sizes import format_size
+    from moe_offload.offload.planning.sizes import format_size
 
     console = notes_console()
     progress = TerminalProgress(console)
     with quiet_libraries(console):
         with console.status("Starting"):
-            from moe_offload.offload.pack_manifest import read_manifest
-            from moe_offload.offload.packer import pack_model
+            from moe_offload.offload.pack.manifest import read_manifest
+            from moe_offload.offload.pack.packer import pack_model
         try:
             folder = pack_model(model, output, progress=progress, **formats)
         finally:

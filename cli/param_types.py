@@ -24,7 +24,7 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
     name = "size"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from moe_offload.offload.sizes import parse_size
+        from moe_offload.offload.planning.sizes import parse_size
 
         try:
             parse_size(value, total_bytes=1 << 50, free_bytes=1 << 50)  # only the spelling matters here

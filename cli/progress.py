@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from moe_offload.cli.report import format_seconds
-from moe_offload.offload.sizes import format_size
+from moe_offload.offload.planning.sizes import format_size
 
 
 class TerminalProgress:

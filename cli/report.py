@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_offload.cli.model_api import Run
-from moe_offload.offload.sizes import format_size
+from moe_offload.offload.planning.sizes import format_size
 
 _SEPARATOR = " · "
 

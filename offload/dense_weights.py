@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from moe_offload.errors import PackCorruptError, SourceError
-from moe_offload.offload.pack_manifest import REPACK, PackManifest
-from moe_offload.offload.safetensors_file import check_dense_file
-from moe_offload.offload.shard_file import ShardFile
+from moe_offload.offload.checkpoint.shard_file import ShardFile
+from moe_offload.offload.pack.manifest import REPACK, PackManifest
+from moe_offload.offload.pack.safetensors_file import check_dense_file
 
 
 class DenseSlice:

@@ -12,10 +12,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from moe_offload.cache import StatsSnapshot
 from moe_offload.errors import ConfigError
-from moe_offload.offload.expert_layer import StepState, StoppedError
-from moe_offload.offload.lookahead import Lookahead, LookaheadCounts
+from moe_offload.offload.experts.layer import StepState, StoppedError
+from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
+from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.reports import RunReport
-from moe_offload.offload.residency import Residency
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]

@@ -9,15 +9,15 @@ from torch import nn
 
 from moe_offload.cache import ExpertCache
 from moe_offload.errors import ConfigError, PackCorruptError
-from moe_offload.offload.compute_tier import ComputeTier
+from moe_offload.offload.checkpoint.transformers_loading import build_model
 from moe_offload.offload.dense_linears import replace_packed_linears
 from moe_offload.offload.dense_weights import DenseWeights
-from moe_offload.offload.expert_containers import ExpertContainer, find_expert_containers
-from moe_offload.offload.expert_forwards import IMPLEMENTATION, install_expert_layer, strip_parameters
-from moe_offload.offload.expert_layer import ExpertLayer, StepState
-from moe_offload.offload.pack_manifest import REPACK, PackManifest
-from moe_offload.offload.residency import Residency
-from moe_offload.offload.transformers_loading import build_model
+from moe_offload.offload.experts.containers import ExpertContainer, find_expert_containers
+from moe_offload.offload.experts.forwards import IMPLEMENTATION, install_expert_layer, strip_parameters
+from moe_offload.offload.experts.layer import ExpertLayer, StepState
+from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.pack.manifest import REPACK, PackManifest
+from moe_offload.offload.tiers.compute_tier import ComputeTier
 
 
 @dataclass(frozen=True)

@@ -13,24 +13,24 @@ from transformers import AutoConfig, AutoTokenizer
 from moe_offload.cache import ExpertCache, policy_names
 from moe_offload.errors import ConfigError
 from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.experts.lookahead import Lookahead
+from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.generation import Generator, Meter
 from moe_offload.offload.loader import LoadedModel, load_model
-from moe_offload.offload.lookahead import Lookahead
-from moe_offload.offload.memory import (
+from moe_offload.offload.pack.manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
+from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.planning.memory import (
     give_freed_memory_back,
     ram_budget_bytes,
     ram_memory,
     vram_budget_bytes,
     vram_memory,
 )
-from moe_offload.offload.pack_manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
-from moe_offload.offload.packer import pack_model
-from moe_offload.offload.plan import Plan, make_plan
-from moe_offload.offload.prefetch_tuning import PrefetchSwitch, parse_prefetch
+from moe_offload.offload.planning.plan import Plan, make_plan
+from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
-from moe_offload.offload.tiers import make_tier
-from moe_offload.offload.workspace import experts_per_token
+from moe_offload.offload.tiers.choice import make_tier
 
 CLOSE_TIMEOUT_S = 10.0
 VERIFY_MODES = ("first", "always", "off")

@@ -138,7 +138,7 @@ def install(monkeypatch: Any, model: FakeModel, error: BaseException | None = No
     loader = Loader(model, error)
     modules = {
         "moe_offload.offload.model": {"OffloadedModel": loader},
-        "moe_offload.offload.demo": {"DEMO_RAM": "300MiB", "ensure_demo": lambda progress: "/demo"},
+        "moe_offload.offload.demo.build": {"DEMO_RAM": "300MiB", "ensure_demo": lambda progress: "/demo"},
         "moe_offload.quant": {"backend_name": lambda: "fake kernels"},
     }
     for name, attributes in modules.items():

@@ -8,7 +8,7 @@ import torch
 from fake_device import RUBBISH, FakeDevice
 
 from moe_offload.errors import ExpertReadError
-from moe_offload.offload.reader import ReadCancelledError
+from moe_offload.offload.streaming.reader import ReadCancelledError
 
 OnDone = Callable[[BaseException | None], None]
 

@@ -13,12 +13,12 @@ from fake_device import FakeDevice
 from fake_reader import FakeReader
 
 from moe_offload.cache import ExpertCache
-from moe_offload.offload import arrivals as arrivals_module
-from moe_offload.offload import residency as residency_module
-from moe_offload.offload.cuda_tier import CudaTier
-from moe_offload.offload.expert_weights import ExpertWeights
-from moe_offload.offload.pack_manifest import LayerLayout, LayerSpec, PackManifest
-from moe_offload.offload.residency import Residency
+from moe_offload.offload.experts import arrivals as arrivals_module
+from moe_offload.offload.experts import residency as residency_module
+from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.pack.manifest import LayerLayout, LayerSpec, PackManifest
+from moe_offload.offload.tiers.cuda_tier import CudaTier
 
 PAGE = 4096
 

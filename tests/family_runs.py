@@ -17,8 +17,8 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
-from moe_offload.offload.transformers_loading import auto_class
-from moe_offload.offload.workspace import experts_per_token
+from moe_offload.offload.checkpoint.transformers_loading import auto_class
+from moe_offload.offload.planning.workspace import experts_per_token
 
 transformers.logging.disable_progress_bar()
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_offload.offload.disk import DirectDisk, Disk, DiskFile
+from moe_offload.offload.streaming.disk import DirectDisk, Disk, DiskFile
 
 
 class FaultyDisk:

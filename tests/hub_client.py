@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants, file_download, hf_hub_download
 
 from moe_offload.errors import MoeOffloadError
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.pack.packer import pack_model
 
 torch.set_num_threads(1)
 constants.DOWNLOAD_CHUNK_SIZE = 1024

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from moe_offload import OffloadedModel
 from moe_offload.cache import ExpertCache
 from moe_offload.offload import model as model_module
-from moe_offload.offload import reader
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.streaming import reader
 
 PROMPT = "w5 w17 w80 w33 w61 w9"
 

@@ -29,8 +29,8 @@ def packed(monkeypatch, tmp_path):
         return output or tmp_path / "home"
 
     for name, attributes in {
-        "moe_offload.offload.packer": {"pack_model": pack_model},
-        "moe_offload.offload.pack_manifest": {"read_manifest": lambda folder: cli_fake.FakeManifest()},
+        "moe_offload.offload.pack.packer": {"pack_model": pack_model},
+        "moe_offload.offload.pack.manifest": {"read_manifest": lambda folder: cli_fake.FakeManifest()},
     }.items():
         module = types.ModuleType(name)
         vars(module).update(attributes)

@@ -19,8 +19,11 @@ from loaded_models import PROMPT, check_health, loaded, make_pack, wait_for
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import MoeOffloadError
-from moe_offload.offload import cpu_tier, expert_layer, lookahead, read_queue, reader, residency
-from moe_offload.offload.interrupts import InterruptShield
+from moe_offload.offload.experts import layer as expert_layer
+from moe_offload.offload.experts import lookahead, residency
+from moe_offload.offload.experts.interrupts import InterruptShield
+from moe_offload.offload.streaming import read_queue, reader
+from moe_offload.offload.tiers import cpu_tier
 
 pytestmark = pytest.mark.timeout(120)
 PROMPTS = [PROMPT, "w44 w4 w100", "w77 w78 w12 " * 7]

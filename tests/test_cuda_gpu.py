@@ -16,17 +16,17 @@ from tiny_packs import IDENTITY, expert_bytes, finish
 from moe_offload import OffloadedModel
 from moe_offload.cache import ExpertCache
 from moe_offload.errors import BudgetError
-from moe_offload.offload.cuda_queue import CudaQueue
-from moe_offload.offload.cuda_tier import CudaTier
-from moe_offload.offload.expert_layer import ExpertLayer, StepState
-from moe_offload.offload.expert_weights import ExpertWeights
-from moe_offload.offload.pack_manifest import LayerLayout
-from moe_offload.offload.pack_writer import PackWriter
-from moe_offload.offload.packer import pack_model
-from moe_offload.offload.plan import Plan
-from moe_offload.offload.reader import ExpertReader
-from moe_offload.offload.residency import Residency
-from moe_offload.offload.slab import Slab
+from moe_offload.offload.experts.layer import ExpertLayer, StepState
+from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.pack.manifest import LayerLayout
+from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.pack.writer import PackWriter
+from moe_offload.offload.planning.plan import Plan
+from moe_offload.offload.streaming.reader import ExpertReader
+from moe_offload.offload.streaming.slab import Slab
+from moe_offload.offload.tiers.cuda_queue import CudaQueue
+from moe_offload.offload.tiers.cuda_tier import CudaTier
 from moe_offload.quant import format_names, get_format, kernels
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,8 @@ from fake_device import FakeDevice
 from fake_world import PAGE, FakeCudaHost, World
 
 from moe_offload.errors import ExpertCopyError, ExpertReadError
-from moe_offload.offload.host_expert import HostExpert
-from moe_offload.offload.reader import ReadCancelledError
+from moe_offload.offload.streaming.reader import ReadCancelledError
+from moe_offload.offload.tiers.host_expert import HostExpert
 
 MakeWorld = Callable[..., World]
 

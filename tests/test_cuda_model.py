@@ -16,11 +16,12 @@ from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
-from moe_offload.offload import expert_layer, tiers
 from moe_offload.offload import model as model_module
-from moe_offload.offload.cuda_tier import CudaTier
-from moe_offload.offload.packer import pack_model
-from moe_offload.offload.plan import Plan, make_plan
+from moe_offload.offload.experts import layer as expert_layer
+from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.planning.plan import Plan, make_plan
+from moe_offload.offload.tiers import choice as tiers
+from moe_offload.offload.tiers.cuda_tier import CudaTier
 
 FAMILIES = ["mixtral", "gpt_oss", "nllb_moe"]
 Load = Callable[..., OffloadedModel]

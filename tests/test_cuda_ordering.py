@@ -8,9 +8,9 @@ import pytest
 from fake_world import World
 
 from moe_offload.errors import ExpertReadError
-from moe_offload.offload.device_slot import DeviceSlot
-from moe_offload.offload.host_slots import HostSlots
-from moe_offload.offload.staging_ring import StagingRing
+from moe_offload.offload.tiers.device_slot import DeviceSlot
+from moe_offload.offload.tiers.host_slots import HostSlots
+from moe_offload.offload.tiers.staging_ring import StagingRing
 
 SEEDS_PER_TEST = 50
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_offload.errors import BudgetError, ExpertCopyError
-from moe_offload.offload.cuda_queue import CudaQueue
+from moe_offload.offload.tiers.cuda_queue import CudaQueue
 
 Log = list[tuple[Any, ...]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_offload import OffloadedModel
-from moe_offload.offload.demo import DEMO_RAM, ensure_demo
+from moe_offload.offload.demo.build import DEMO_RAM, ensure_demo
 
 # Beginnings only: another machine rounds the routers' fit differently, and the answers part ways later on.
 RECORDED = {

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_offload.errors import ConfigError
-from moe_offload.offload.demo_checkpoint import NOISE, NUM_EXPERTS, TOP_K, build_demo_checkpoint, mlp_inputs
-from moe_offload.offload.demo_source import DemoSource, find_weights
+from moe_offload.offload.demo.checkpoint import NOISE, NUM_EXPERTS, TOP_K, build_demo_checkpoint, mlp_inputs
+from moe_offload.offload.demo.source import DemoSource, find_weights
 
 NUM_LAYERS = 2
 

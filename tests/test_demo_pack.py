@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_offload.errors import ConfigError, DiskFullError
-from moe_offload.offload import demo
-from moe_offload.offload.pack_manifest import is_pack
+from moe_offload.offload.demo import build as demo
+from moe_offload.offload.pack.manifest import is_pack
 
 
 @pytest.fixture

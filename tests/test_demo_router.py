@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_offload.offload.demo_router import FIRST_CHOICE_WEIGHT, fit_router
+from moe_offload.offload.demo.router import FIRST_CHOICE_WEIGHT, fit_router
 
 NUM_EXPERTS, WIDTH, TOKENS_PER_CLUSTER = 8, 32, 60
 

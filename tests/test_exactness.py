@@ -16,7 +16,7 @@ from loaded_models import check_health, loaded, make_pack
 
 from moe_offload import OffloadedModel
 from moe_offload.cache import policy_names
-from moe_offload.offload import prefetch_tuning
+from moe_offload.offload.experts import prefetch_tuning
 
 # Rows are whole groups of every format.
 _WIDE = {"hidden_size": 64, "num_hidden_layers": 3}

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_offload.errors import ConfigError
-from moe_offload.offload.expert_choice import ExpertChoiceBlock
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.experts.expert_choice import ExpertChoiceBlock
+from moe_offload.offload.pack.packer import pack_model
 
 NUM_EXPERTS, HIDDEN_SIZE = 8, 32
 

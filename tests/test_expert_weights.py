@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import linear
 
 from moe_offload.errors import PackCorruptError
-from moe_offload.offload.expert_weights import ExpertWeights, PartLayout
-from moe_offload.offload.pack_manifest import LayerLayout, PartSpec
+from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
+from moe_offload.offload.pack.manifest import LayerLayout, PartSpec
 from moe_offload.quant import get_format
 
 

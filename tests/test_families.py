@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from transformers.models.jetmoe import modeling_jetmoe
 
 from moe_offload.errors import UnsupportedModelError
-from moe_offload.offload.expert_containers import find_expert_containers
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.experts.containers import find_expert_containers
+from moe_offload.offload.pack.packer import pack_model
 
 DOC = Path(__file__).parent.parent / "docs" / "models.md"
 # Fused sums of transformers' in another order than ours; 1e-6 of the scale is what fp32 gives.

@@ -20,7 +20,7 @@ from moe_offload.errors import (
     PackIncompleteError,
     PackVersionError,
 )
-from moe_offload.offload import reader
+from moe_offload.offload.streaming import reader
 
 pytestmark = pytest.mark.timeout(60)
 SLOTS = [2, 3, 2]

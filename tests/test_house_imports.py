@@ -26,7 +26,7 @@ def sources(folder: Path) -> list[Path]:
 
 
 def module_name(package: str, path: Path) -> str:
-    """``offload/reader.py`` -> ``moe_offload.offload.reader``."""
+    """``offload/model.py`` -> ``moe_offload.offload.model``."""
     parts = path.relative_to(FOLDERS[package]).with_suffix("").parts
     stem = [] if package == "moe_offload" else [package]
     return ".".join(["moe_offload", *stem, *(part for part in parts if part != "__init__")])

@@ -18,8 +18,8 @@ from families import make_config
 from family_runs import save_random_model
 from quantized_checkpoints import read_tensors, write_checkpoint
 
-from moe_offload.offload.pack_manifest import read_manifest
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.pack.manifest import read_manifest
+from moe_offload.offload.pack.packer import pack_model
 
 TIMEOUT_S = 120
 

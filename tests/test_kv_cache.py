@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache
 
-from moe_offload.offload.kv_cache import cache_bytes_per_layer, kv_cache_bytes
+from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer, kv_cache_bytes
 
 CONTEXT_TOKENS = 60
 # Layers of state, which the table of families leaves out or has too few of.

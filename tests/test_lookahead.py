@@ -12,8 +12,8 @@ from loaded_models import PROMPT, check_health, loaded, make_pack
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import ConfigError
-from moe_offload.offload.lookahead import LookaheadCounts
-from moe_offload.offload.prefetch_tuning import HOLD_STEPS, TRIAL_STEPS, TRIALS, PrefetchTuner, parse_prefetch
+from moe_offload.offload.experts.lookahead import LookaheadCounts
+from moe_offload.offload.experts.prefetch_tuning import HOLD_STEPS, TRIAL_STEPS, TRIALS, PrefetchTuner, parse_prefetch
 
 NUM_LAYERS, TOP_K = 3, 2
 

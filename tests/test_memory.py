@@ -5,7 +5,7 @@ import sys
 import psutil
 import pytest
 
-from moe_offload.offload.memory import (
+from moe_offload.offload.planning.memory import (
     Memory,
     peak_rss_bytes,
     ram_budget_bytes,
@@ -118,7 +118,7 @@ def test_auto_margins_have_a_floor():
 def test_the_peak_is_remembered_and_reset():
     # In a process of its own: the peak of this one depends on the tests before.
     script = (
-        "from moe_offload.offload.memory import peak_rss_bytes, reset_peak_rss, rss_bytes\n"
+        "from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes\n"
         "before = rss_bytes()\n"
         "block = bytearray(b'x') * (96 << 20)\n"
         "assert rss_bytes() - before > 90 << 20\n"
@@ -140,7 +140,7 @@ def test_peak_is_at_least_what_is_held():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_blocks_go_back_to_the_system():
     script = (
-        "from moe_offload.offload.memory import give_freed_memory_back, rss_bytes\n"
+        "from moe_offload.offload.planning.memory import give_freed_memory_back, rss_bytes\n"
         "assert give_freed_memory_back()\n"
         "import torch\n"
         "before = rss_bytes()\n"

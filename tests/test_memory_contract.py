@@ -1,4 +1,4 @@
-"""The budget is a promise: measured from outside, in a process of its own, while it loads, reads a prompt and decodes."""
+"""The budget is a promise: measured from outside, while a process of its own loads, reads a prompt and decodes."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from transformers import MixtralConfig
 
 from moe_offload.errors import BudgetError
 from moe_offload.offload.model import OffloadedModel
-from moe_offload.offload.synthetic_pack import write_synthetic_pack
+from moe_offload.offload.pack.synthetic import write_synthetic_pack
 
 MIB = 1 << 20
 
@@ -19,7 +19,7 @@ import json, sys
 import torch, transformers
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-from moe_offload.offload.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 base_bytes = rss_bytes()
 assert reset_peak_rss()
 from moe_offload import OffloadedModel
@@ -46,8 +46,8 @@ import json, sys
 import torch, transformers
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-from moe_offload.offload.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
-import moe_offload.offload.packer as packer
+from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+import moe_offload.offload.pack.packer as packer
 from pathlib import Path
 base_bytes = rss_bytes()
 assert reset_peak_rss()
@@ -105,7 +105,7 @@ def test_a_process_stays_within_its_budget(big_pack, extra_mib):
 
 def test_too_small_a_budget_is_refused_with_the_smallest_that_works(big_pack):
     needed_bytes = smallest_ram_bytes(big_pack)
-    with pytest.raises(BudgetError, match="needs .* of RAM, budget"):
+    with pytest.raises(BudgetError, match=r"needs .* of RAM, budget"):
         OffloadedModel.from_pretrained(big_pack, device="cpu", ram=needed_bytes - 1, context_tokens=1024)
     with OffloadedModel.from_pretrained(big_pack, device="cpu", ram=needed_bytes, context_tokens=1024) as offloaded:
         assert offloaded.plan.num_slots == (2, 2, 2, 2)
@@ -132,7 +132,7 @@ def test_packing_holds_a_few_experts_at_a_time(tmp_path):
             names = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
             shapes |= {f"{prefix}.block_sparse_moe.experts.{expert}.{n}.weight": s for n, s in names.items()}
         if layer == 0:
-            shapes |= {name: (4096, hidden) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+            shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (4096, hidden))
             shapes["model.norm.weight"] = (hidden,)
         tensors = {key: torch.randn(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
         total += sum(tensor.numel() * 2 for tensor in tensors.values())

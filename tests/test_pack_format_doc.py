@@ -10,9 +10,9 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from moe_offload.offload.pack_manifest import read_manifest
-from moe_offload.offload.pack_writer import LayerLayout, PackWriter
-from moe_offload.offload.safetensors_file import check_dense_file
+from moe_offload.offload.pack.manifest import read_manifest
+from moe_offload.offload.pack.safetensors_file import check_dense_file
+from moe_offload.offload.pack.writer import LayerLayout, PackWriter
 from moe_offload.quant import get_format
 
 DOC = (Path(__file__).parent.parent / "docs" / "pack-format.md").read_text()

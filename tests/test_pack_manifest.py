@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.errors import PackCorruptError, PackError, PackIncompleteError, PackVersionError
-from moe_offload.offload.pack_manifest import DenseFile, LayerSpec, PackManifest, PartSpec, is_pack, read_manifest
+from moe_offload.offload.pack.manifest import DenseFile, LayerSpec, PackManifest, PartSpec, is_pack, read_manifest
 
 
 def manifest(num_layers=2, num_experts=3):

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from tiny_packs import IDENTITY
 
 from moe_offload.errors import ConfigError, DiskFullError, PackCorruptError, PackIncompleteError
-from moe_offload.offload import partial_file
-from moe_offload.offload.pack_manifest import LayerLayout, is_pack, read_manifest
-from moe_offload.offload.pack_writer import PackWriter
-from moe_offload.offload.safetensors_file import HEADER_ROOM_BYTES, check_dense_file, dense_checksum
-from moe_offload.offload.sizes import format_size
+from moe_offload.offload.pack import partial_file
+from moe_offload.offload.pack.manifest import LayerLayout, is_pack, read_manifest
+from moe_offload.offload.pack.safetensors_file import HEADER_ROOM_BYTES, check_dense_file, dense_checksum
+from moe_offload.offload.pack.writer import PackWriter
+from moe_offload.offload.planning.sizes import format_size
 
 
 def names(folder):

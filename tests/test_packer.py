@@ -26,11 +26,11 @@ from moe_offload.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from moe_offload.offload import packer
 from moe_offload.offload.dense_linears import PackedLinear
-from moe_offload.offload.pack_manifest import is_pack, read_manifest
-from moe_offload.offload.pack_writer import LayerWriter
-from moe_offload.offload.packer import pack_model
+from moe_offload.offload.pack import packer
+from moe_offload.offload.pack.manifest import is_pack, read_manifest
+from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.pack.writer import LayerWriter
 from moe_offload.quant import format_names, get_format
 
 INPUTS = example_inputs(make_config("mixtral"))
@@ -129,7 +129,8 @@ def test_a_bad_format_is_refused_before_anything_is_read(tmp_path):
 _KILLED_WHILE_PACKING = """
 import os, signal, sys
 from pathlib import Path
-from moe_offload.offload import pack_writer, packer
+from moe_offload.offload.pack import packer
+from moe_offload.offload.pack import writer as pack_writer
 
 last_layer = int(sys.argv[3])
 write_expert = pack_writer.LayerWriter.write_expert
@@ -184,7 +185,7 @@ def test_a_killed_packer_resumes_to_the_same_bytes(checkpoint, tmp_path, monkeyp
 def test_a_pack_of_other_settings_starts_anew(checkpoint, tmp_path, monkeypatch):
     pack = tmp_path / "pack"
     with monkeypatch.context() as patch:
-        patch.setattr("moe_offload.offload.packer._write_dense", lambda *arguments: 1 / 0)
+        patch.setattr("moe_offload.offload.pack.packer._write_dense", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pack_model(str(checkpoint), pack, format="nf4")
     assert (pack / "pack.journal").is_file()
@@ -206,7 +207,7 @@ def test_a_full_disk_ends_in_an_error_and_no_pack(after_bytes, checkpoint, tmp_p
         os.write(fd, data)
 
     with monkeypatch.context() as patch:
-        for module in ("partial_file", "pack_journal"):
+        for module in ("pack.partial_file", "pack.journal"):
             patch.setattr(f"moe_offload.offload.{module}.write_all", write_all)
         with pytest.raises(DiskFullError, match=r"the disk is full: .* needs .* free"):
             pack_model(str(checkpoint), pack)

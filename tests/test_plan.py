@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_offload.errors import BudgetError, ConfigError
-from moe_offload.offload.pack_manifest import DenseFile, LayerLayout, LayerSpec, PackManifest
-from moe_offload.offload.plan import make_plan
-from moe_offload.offload.sizes import parse_size
-from moe_offload.offload.slot_shares import SlotNeed, fill_slots, slots_bytes
-from moe_offload.offload.workspace import prefill_chunk_tokens, workspace_bytes
+from moe_offload.offload.pack.manifest import DenseFile, LayerLayout, LayerSpec, PackManifest
+from moe_offload.offload.planning.plan import make_plan
+from moe_offload.offload.planning.sizes import parse_size
+from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, slots_bytes
+from moe_offload.offload.planning.workspace import prefill_chunk_tokens, workspace_bytes
 from moe_offload.quant import get_format
 
 MIB = 1024**2

@@ -21,9 +21,9 @@ from quantized_checkpoints import (
 from transformers import AutoModelForCausalLM
 
 from moe_offload.errors import SourceError, UnsupportedQuantizationError
-from moe_offload.offload.pack_manifest import read_manifest
-from moe_offload.offload.packer import pack_model
-from moe_offload.offload.source_quantization import codec_for
+from moe_offload.offload.checkpoint.source_quantization import codec_for
+from moe_offload.offload.pack.manifest import read_manifest
+from moe_offload.offload.pack.packer import pack_model
 from moe_offload.quant import get_format
 
 # name -> (builder, the formats that its experts' weights have in the pack)

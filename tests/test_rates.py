@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from moe_offload.offload.rates import Rate, disk_read_rate, host_to_device_rate, memory_read_rate
+from moe_offload.offload.planning.rates import Rate, disk_read_rate, host_to_device_rate, memory_read_rate
 
 MIB = 1024**2
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from moe_offload.offload.disk import DirectDisk
-from moe_offload.offload.open_files import OpenFiles
+from moe_offload.offload.streaming.disk import DirectDisk
+from moe_offload.offload.streaming.open_files import OpenFiles
 
 DATA = bytes(range(256)) * 64  # 16 KiB
 

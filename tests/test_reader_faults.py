@@ -7,9 +7,9 @@ import pytest
 import tiny_packs
 
 from moe_offload.errors import ExpertReadError, PackCorruptError
-from moe_offload.offload import reader as reader_module
-from moe_offload.offload.reader import ExpertReader
-from moe_offload.offload.slab import Slab
+from moe_offload.offload.streaming import reader as reader_module
+from moe_offload.offload.streaming.reader import ExpertReader
+from moe_offload.offload.streaming.slab import Slab
 
 SLOT_BYTES = 16 * 4096
 FILE = "experts-00001.safetensors"

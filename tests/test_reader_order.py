@@ -4,9 +4,9 @@ import pytest
 import tiny_packs
 
 from moe_offload.errors import ConfigError, ExpertReadError
-from moe_offload.offload import reader as reader_module
-from moe_offload.offload.reader import ExpertReader, ReadCancelledError
-from moe_offload.offload.slab import Slab
+from moe_offload.offload.streaming import reader as reader_module
+from moe_offload.offload.streaming.reader import ExpertReader, ReadCancelledError
+from moe_offload.offload.streaming.slab import Slab
 
 CHUNK_BYTES = 4096
 SLOT_BYTES = 4 * CHUNK_BYTES

@@ -1,7 +1,7 @@
 import pytest
 
 from moe_offload.errors import ConfigError
-from moe_offload.offload.sizes import format_size, parse_size
+from moe_offload.offload.planning.sizes import format_size, parse_size
 
 GIB = 1024**3
 MIB = 1024**2

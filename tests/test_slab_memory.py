@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_offload.errors import BudgetError
-from moe_offload.offload.slab import Slab
+from moe_offload.offload.streaming.slab import Slab
 
 PAGE = mmap.PAGESIZE
 
@@ -134,7 +134,7 @@ def test_pinned_for_real():
 
 MEASURE = """
 import psutil
-from moe_offload.offload.slab import Slab
+from moe_offload.offload.streaming.slab import Slab
 
 rss = psutil.Process().memory_info
 MIB, SLOT = 1 << 20, 3 << 20

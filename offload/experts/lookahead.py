@@ -1,0 +1,168 @@
+"""Router lookahead: later layers' routers, asked now, tell what to prefetch.
+
+A residual stream changes little from one layer to the next, so a later layer's norm and router, applied to this
+layer's residual, mostly choose what they will choose when their turn comes (Eliseev and Mazur 2023, arXiv 2312.17238).
+Which norm feeds which router is found out during the first forward pass, by the storage that one hands to the other;
+a router that no norm feeds takes the residual itself.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_offload.offload.experts.residency import Residency
+
+_ROUTER_NAMES = ("gate", "router")
+# A step of more rows than this is a prompt or a large batch: it touches most experts, so there is nothing to predict.
+MAX_PREDICTED_ROWS = 8
+# A router runs soon after its norm, so only the last outputs need to be kept to tell whose it was given.
+_RECENT_NORMS = 8
+
+
+@dataclass
+class _RouterSite:
+    """A layer's router, the norm before it, if any, and what they were given last."""
+
+    router: Any
+    num_experts: int
+    top_k: int
+    is_known: bool = False  # the first forward pass has told what the router needs
+    norm: Any = None
+    constants: tuple[torch.Tensor | None, ...] = ()  # what the router takes besides the hidden states
+    residual: torch.Tensor | None = None
+    takes_rows: bool = True  # the router's input is [T, H]; else [B, S, H]
+
+    def predict(self, residual: torch.Tensor) -> torch.Tensor | None:
+        """The experts ``[T, K]`` that this router would choose for another layer's residual ``[B, S, H]``."""
+        normed = residual if self.norm is None else self.norm.forward(residual)
+        if self.takes_rows:
+            normed = normed.reshape(-1, residual.shape[-1])
+        output = self.router.forward(normed, *self.constants)  # past the hooks: recorders must not see a guess
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [value for value in outputs if isinstance(value, torch.Tensor)]
+        for value in tensors:
+            if not value.is_floating_point() and value.shape[-1] == self.top_k:
+                return value
+        for value in reversed(tensors):
+            if value.shape[-1] == self.num_experts:
+                return value.reshape(-1, self.num_experts).topk(self.top_k).indices
+        return None
+
+
+@dataclass(frozen=True)
+class LookaheadCounts:
+    """Experts that were predicted, chosen, and both."""
+
+    predicted: int = 0
+    chosen: int = 0
+    right: int = 0
+
+    @property
+    def recall(self) -> float:
+        """Share of the chosen experts that were predicted; 0 without any."""
+        return self.right / self.chosen if self.chosen else 0.0
+
+    def __sub__(self, earlier: "LookaheadCounts") -> "LookaheadCounts":
+        return LookaheadCounts(
+            self.predicted - earlier.predicted, self.chosen - earlier.chosen, self.right - earlier.right
+        )
+
+
+class Lookahead:
+    """Predicts and prefetches the experts of the next ``depth`` layers. A prediction never touches the result."""
+
+    def __init__(self, model: nn.Module, modules: Sequence[str], top_k: Sequence[int], residency: Residency) -> None:
+        """``modules``: the names of the expert containers in layer order; routers are sought beside them."""
+        self.depth = 0
+        self.counts = LookaheadCounts()
+        self._residency = residency
+        self._predicted: dict[int, set[int]] = {}
+        self._sites: dict[int, _RouterSite] = {}
+        for layer_idx, name in enumerate(modules):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            router = next((r for n in _ROUTER_NAMES if isinstance(r := getattr(parent, n, None), nn.Module)), None)
+            num_experts = getattr(model.get_submodule(name), "num_experts", 0)
+            if router is not None:
+                self._sites[layer_idx] = _RouterSite(router, num_experts, top_k[layer_idx])
+        self._probes: list[RemovableHandle] = []
+        self._recent_norms: deque[tuple[torch.Tensor, nn.Module]] = deque(maxlen=_RECENT_NORMS)
+        self._begin_probe(model)
+
+    @property
+    def num_sites(self) -> int:
+        """Layers whose router can be asked ahead of time (known after the first forward pass)."""
+        return sum(site.is_known for site in self._sites.values())
+
+    # -- the first forward pass --
+
+    def _begin_probe(self, model: nn.Module) -> None:
+        def norm_done(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                self._recent_norms.append((output, module))  # kept alive, so that no later tensor has its address
+
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower():
+                self._probes.append(module.register_forward_hook(norm_done))
+        constants = {id(tensor) for tensor in [*model.parameters(), *model.buffers(), None]}
+        for site in self._sites.values():
+
+            def router_called(module: nn.Module, args: tuple[Any, ...], site: _RouterSite = site) -> None:
+                # What changes from token to token besides the hidden states is not known ahead.
+                if args and isinstance(args[0], torch.Tensor) and all(id(value) in constants for value in args[1:]):
+                    address = args[0].data_ptr()
+                    site.is_known, site.constants, site.takes_rows = True, args[1:], args[0].dim() == 2
+                    site.norm = next((norm for out, norm in self._recent_norms if out.data_ptr() == address), None)
+
+            self._probes.append(site.router.register_forward_pre_hook(router_called))
+        self._probes.append(model.register_forward_hook(lambda *_: self._end_probe()))
+
+    def _end_probe(self) -> None:
+        for probe in self._probes:
+            probe.remove()
+        self._probes.clear()
+        self._recent_norms.clear()
+        for site in self._sites.values():
+            if site.is_known:
+                source = site.router if site.norm is None else site.norm
+                source.register_forward_pre_hook(self._residual_recorder(site))
+
+    def _residual_recorder(self, site: _RouterSite) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+            site.residual = args[0] if self.depth and args else None
+
+        return record
+
+    # -- every decode step --
+
+    @torch.no_grad()
+    def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """Compare with what was predicted for this layer, then predict and prefetch for the next ones."""
+        predicted = self._predicted.pop(layer_idx, None)
+        if predicted is not None:
+            self._residency.cancel_prefetches(layer_idx, expert_ids)
+            self.counts = LookaheadCounts(
+                self.counts.predicted + len(predicted),
+                self.counts.chosen + len(expert_ids),
+                self.counts.right + len(predicted & set(expert_ids)),
+            )
+        site = self._sites.get(layer_idx)
+        if not self.depth or site is None or site.residual is None:
+            return
+        residual = site.residual
+        if residual.shape[:-1].numel() > MAX_PREDICTED_ROWS:
+            return
+        for ahead in range(1, self.depth + 1):
+            target = self._sites.get(layer_idx + ahead)
+            if target is None or not target.is_known or layer_idx + ahead in self._predicted:
+                continue
+            index = target.predict(residual)
+            if index is None:
+                continue
+            chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < target.num_experts]
+            self._predicted[layer_idx + ahead] = set(chosen)
+            self._residency.prefetch(layer_idx + ahead, chosen)

@@ -1,0 +1,65 @@
+"""One expert as kernels see it: the parts of a pack's layer, viewed in the bytes of a slot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_offload.errors import FormatError, PackCorruptError
+from moe_offload.offload.pack.manifest import REPACK, PartSpec
+from moe_offload.quant import Format, get_format
+
+
+@dataclass(frozen=True)
+class _Piece:
+    format: Format
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class PartLayout:
+    """The parts of one layer's experts by parameter name; pieces ``name#0``, ``name#1`` are stacked by rows."""
+
+    def __init__(self, parts: Sequence[PartSpec]) -> None:
+        """`PackCorruptError` if a part has not the size that its format gives to its shape."""
+        self.pieces: dict[str, list[_Piece]] = {}
+        for part in parts:
+            try:
+                size_bytes = get_format(part.format).nbytes(part.shape)
+            except FormatError as error:
+                raise PackCorruptError(f"part {part.name!r}: {error}; {REPACK}") from error
+            if size_bytes != part.size_bytes:
+                raise PackCorruptError(
+                    f"part {part.name!r} has {part.size_bytes} bytes; {part.format} of shape {part.shape} takes "
+                    f"{size_bytes}; {REPACK}"
+                )
+            piece = _Piece(get_format(part.format), part.shape, part.offset_bytes, part.offset_bytes + part.size_bytes)
+            self.pieces.setdefault(part.name.partition("#")[0], []).append(piece)
+
+
+class ExpertWeights:
+    """The parameters of the expert in one slot. Valid while the slot is held."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, layout: PartLayout, data: torch.Tensor) -> None:
+        """``data``: ``uint8 [slot_bytes]``, viewed and not copied."""
+        self._parts = {
+            name: [(piece.format, piece.shape, data[piece.begin : piece.end]) for piece in pieces]
+            for name, pieces in layout.pieces.items()
+        }
+
+    def linear(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``x [T, in] @ W.T``, with ``W [out, in]`` left packed; ``[T, out]`` in the dtype of ``x``."""
+        pieces = self._parts[name]
+        if len(pieces) == 1:
+            weight_format, shape, packed = pieces[0]
+            return weight_format.linear(hidden_states, packed, (shape[0], shape[1]))
+        outputs = [f.linear(hidden_states, packed, (shape[0], shape[1])) for f, shape, packed in pieces]
+        return torch.cat(outputs, dim=-1)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A small parameter, such as a bias, as it is."""
+        ((weight_format, shape, packed),) = self._parts[name]
+        return weight_format.dequantize(packed, shape, dtype)

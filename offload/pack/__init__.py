@@ -1,0 +1,1 @@
+"""Packs: the format, writing, and making them from checkpoints."""

@@ -1,0 +1,297 @@
+"""Making a pack from a checkpoint: every expert converted, quantised and written once, a few at a time.
+
+Peak memory is one or two experts unquantised (fewer than `WINDOW_BYTES` if two fit) and the largest dense tensor.
+Shards are gone through in order and given up one by one, so that a checkpoint on a hub never lies here as a whole.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from moe_offload._version import VERSION
+from moe_offload.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
+from moe_offload.offload.checkpoint.conversion import Checkpoint, ConversionPlan, ExpertParamSource, plan_conversion
+from moe_offload.offload.checkpoint.shard_file import DTYPE_NAMES
+from moe_offload.offload.checkpoint.shards import Shards
+from moe_offload.offload.checkpoint.source_quantization import Packed, codec_for
+from moe_offload.offload.checkpoint.sources import CheckpointSource, open_source
+from moe_offload.offload.checkpoint.transformers_loading import capture_skeleton
+from moe_offload.offload.dense_linears import dense_linear_format
+from moe_offload.offload.experts.containers import find_expert_containers
+from moe_offload.offload.home import packs_dir
+from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, read_manifest
+from moe_offload.offload.pack.writer import PackWriter
+from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
+from moe_offload.quant import format_names, get_format
+
+AUTO = "auto"
+SOURCE = "source"
+DEFAULT_FORMAT = "nf4"
+WINDOW_BYTES = 512 << 20
+_RAW_FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def _raw_format(dtype: torch.dtype, name: str) -> str:
+    if dtype not in _RAW_FORMATS:
+        raise FormatError(f"{name} is {dtype} in the checkpoint: a pack's source format holds fp32, fp16 and bf16")
+    return _RAW_FORMATS[dtype]
+
+
+_Part = tuple[str, tuple[int, ...], str, int]  # name, shape, format, bytes
+
+
+@dataclass(frozen=True)
+class _PartPlan:
+    """How one parameter becomes parts: a single one, or the pieces of a quantised source that keep their bits."""
+
+    source: ExpertParamSource
+    parts: tuple[PartSpec, ...]
+    exact: bool
+
+
+def _exact_pieces(plan: ConversionPlan, source: ExpertParamSource, expert_format: str) -> list[Packed] | None:
+    """A weight of the first expert as the checkpoint has it quantised, if the pack is to keep those bits."""
+    if len(source.param.shape) == 1 or not plan.checkpoint.is_coded(source.first_key):
+        return None
+    pieces = source.read_exactly(plan.checkpoint, 0)
+    if pieces is None or (expert_format != SOURCE and {piece.format for piece in pieces} != {expert_format}):
+        return None
+    return pieces
+
+
+def _plan_parts(plan: ConversionPlan, layer_idx: int, expert_format: str) -> tuple[list[_PartPlan], LayerLayout]:
+    """Layout of one layer's experts. Pieces of a fused parameter are parts ``name#0``, ``name#1``, stacked by rows."""
+    described: list[tuple[ExpertParamSource, bool, list[_Part]]] = []
+    for source in plan.experts[layer_idx]:
+        param = source.param
+        pieces = _exact_pieces(plan, source, expert_format)
+        if pieces is not None:
+            names = [param.part] if len(pieces) == 1 else [f"{param.part}#{i}" for i in range(len(pieces))]
+            parts: list[_Part] = [
+                (name, piece.shape, piece.format, piece.data.numel()) for name, piece in zip(names, pieces, strict=True)
+            ]
+        else:
+            is_weight = len(param.shape) > 1 and expert_format != SOURCE
+            spec = expert_format if is_weight else _raw_format(source.dtype(plan.checkpoint), param.target)
+            parts = [(param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape))]
+        described.append((source, pieces is not None, parts))
+    container = plan.containers[layer_idx]
+    every_part = [part for _, _, parts in described for part in parts]
+    layout = LayerLayout.of(container.name, container.num_experts, every_part)
+    by_name = {part.name: part for part in layout.parts}
+    planned = [
+        _PartPlan(source, tuple(by_name[name] for name, *_ in parts), exact) for source, exact, parts in described
+    ]
+    return planned, layout
+
+
+def _build_expert(plan: ConversionPlan, planned: list[_PartPlan], slot_bytes: int, expert_idx: int) -> torch.Tensor:
+    """The bytes of one expert, ``uint8 [slot_bytes]``, zero where there is padding."""
+    blob = torch.zeros(slot_bytes, dtype=torch.uint8)
+    for part_plan in planned:
+        if part_plan.exact:
+            pieces = part_plan.source.read_exactly(plan.checkpoint, expert_idx)
+            if pieces is None or [p.format for p in pieces] != [p.format for p in part_plan.parts]:
+                raise SourceError(f"expert {expert_idx} of {part_plan.source.param.target} is stored unlike expert 0")
+            packed = [piece.data for piece in pieces]
+        else:
+            (part,) = part_plan.parts
+            value = part_plan.source.read(plan.checkpoint, expert_idx, plan.one_expert_model)
+            try:
+                packed = [get_format(part.format).quantize(value)]
+            except FormatError as error:
+                raise FormatError(f"expert {expert_idx} of {part_plan.source.param.target}: {error}") from error
+        for part, data in zip(part_plan.parts, packed, strict=True):
+            blob[part.offset_bytes : part.offset_bytes + part.size_bytes] = data
+    return blob
+
+
+def _layer_keys(plan: ConversionPlan, layer_idx: int) -> list[str]:
+    """The checkpoint's keys of all experts of a layer."""
+    return [key for source in plan.experts[layer_idx] for key in source.source.all_keys()]
+
+
+def _expert_bytes(plan: ConversionPlan, layer_idx: int) -> int:
+    """Bytes of one expert of a layer, unquantised."""
+    num_weights = sum(torch.Size(source.param.shape).numel() for source in plan.experts[layer_idx])
+    return num_weights * int(plan.skeleton.model.dtype.itemsize)
+
+
+def _write_layer(
+    plan: ConversionPlan, layer_idx: int, expert_format: str, writer: PackWriter, progress: ProgressSink
+) -> None:
+    plan.checkpoint.fetch(_layer_keys(plan, layer_idx))
+    planned, layout = _plan_parts(plan, layer_idx, expert_format)
+    expert_bytes = _expert_bytes(plan, layer_idx)
+    ahead = 2 if 4 * expert_bytes <= WINDOW_BYTES else 1  # an expert takes about twice its size while it is converted
+    with writer.layer(layer_idx, layout) as layer, ThreadPoolExecutor(ahead) as pool:
+        building: list[Future[torch.Tensor]] = []
+        for expert_idx in range(layout.num_experts + ahead):
+            if expert_idx < layout.num_experts:
+                building.append(pool.submit(_build_expert, plan, planned, layout.slot_bytes, expert_idx))
+            if expert_idx >= ahead - 1 and building:
+                blob = building.pop(0).result()
+                layer.write_expert(expert_idx - ahead + 1, blob.numpy().data)
+                progress.advance(expert_bytes)
+
+
+def _write_dense(
+    plan: ConversionPlan, shard: int, indices: list[int], dense_format: str, writer: PackWriter, progress: ProgressSink
+) -> None:
+    """The dense parameters whose last piece lies in ``shard``, streamed into one file."""
+    name = f"dense-{shard:05d}.safetensors"
+    if name in writer.done_dense():
+        state = plan.skeleton.model.state_dict()
+        num_weights = sum(state[plan.dense[index].target].numel() for index in indices)
+        progress.advance(num_weights * int(plan.skeleton.model.dtype.itemsize))
+        return
+
+    def tensors() -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+        for index in indices:
+            for key, value in plan.read_dense(plan.dense[index]).items():
+                spec = dense_linear_format(plan.skeleton.model, key, dense_format)
+                data = value.contiguous() if spec is None else get_format(spec).quantize(value)
+                raw = data.reshape(-1).view(torch.uint8).numpy().data
+                yield key, DTYPE_NAMES[data.dtype], tuple(data.shape), raw
+                progress.advance(value.numel() * int(plan.skeleton.model.dtype.itemsize))
+
+    writer.dense_file(name, tensors())
+
+
+def _pack(
+    plan: ConversionPlan, writer: PackWriter, expert_format: str, dense_format: str, progress: ProgressSink
+) -> None:
+    """Everything of the checkpoint, by the last shard that each part needs."""
+    dense_by_shard: dict[int, list[int]] = {}
+    for index, source in enumerate(plan.dense):
+        dense_by_shard.setdefault(plan.checkpoint.last_shard(source.all_keys()), []).append(index)
+    layers_by_shard: dict[int, list[int]] = {}
+    for layer_idx in range(len(plan.experts)):
+        last_shard = plan.checkpoint.last_shard(_layer_keys(plan, layer_idx))
+        layers_by_shard.setdefault(last_shard, []).append(layer_idx)
+    done_layers = writer.done_layers()
+    plan.checkpoint.done(plan.unused_keys)
+    for shard in range(len(plan.checkpoint.shards.names)):
+        indices = dense_by_shard.get(shard, [])
+        if indices:
+            _write_dense(plan, shard, indices, dense_format, writer, progress)
+            plan.checkpoint.done([key for index in indices for key in plan.dense[index].all_keys()])
+        for layer_idx in layers_by_shard.get(shard, []):
+            if layer_idx in done_layers:
+                progress.advance(_expert_bytes(plan, layer_idx) * plan.containers[layer_idx].num_experts)
+            else:
+                _write_layer(plan, layer_idx, expert_format, writer, progress)
+            plan.checkpoint.done(_layer_keys(plan, layer_idx))
+
+
+def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype the empty model is built in; its parameters' values come from the checkpoint in theirs."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _check_formats(format: str, dense_format: str) -> None:
+    if format not in (AUTO, SOURCE, *format_names()):
+        raise ConfigError(f"no format {format!r}; there are: auto, source, {', '.join(format_names())}")
+    if dense_format not in (SOURCE, *format_names()):
+        raise ConfigError(f"no dense format {dense_format!r}; there are: source, {', '.join(format_names())}")
+
+
+def _config_of(source: CheckpointSource) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.config_folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(f"transformers cannot build the model of {source.name}: {reason}") from error
+
+
+def plan_packing(source: CheckpointSource) -> ConversionPlan:
+    """Everything that is known of a checkpoint before its weights are read."""
+    config = _config_of(source)
+    settings = getattr(config, "quantization_config", None)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the codec reads the quantised weights; the model is the plain one
+    skeleton = capture_skeleton(str(source.config_folder), config, _dtype_of(config))
+    containers = find_expert_containers(skeleton.model)
+    shards = Shards(source.shards)
+    return plan_conversion(skeleton, containers, Checkpoint(shards, codec_for(shards, settings)))
+
+
+def _total_bytes(plan: ConversionPlan, source: CheckpointSource) -> int:
+    """For the progress bar: bytes to download, and of the model unquantised, from its shapes."""
+    model = plan.skeleton.model
+    num_weights: int = sum(param.numel() for param in model.parameters())
+    return num_weights * int(model.dtype.itemsize) + source.shards.download_bytes
+
+
+def pack_model(
+    model: str,
+    output: Path | None = None,
+    *,
+    format: str = AUTO,
+    dense_format: str = SOURCE,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: ProgressSink = NULL_PROGRESS,
+) -> Path:
+    """Pack the checkpoint ``model``, a folder or a hub id, into ``output`` (by default under the cache folder).
+
+    Resumes a pack that was interrupted with the same settings, and leaves one that is finished as it is. Returns the
+    folder of the pack.
+    Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
+    """
+    _check_formats(format, dense_format)
+    source = open_source(model, revision=revision, token=token)
+    # ``auto`` keeps the bits of a quantised checkpoint.
+    expert_format = format if format != AUTO else SOURCE if source.is_quantized else DEFAULT_FORMAT
+    folder = output or packs_dir() / pack_name(source, expert_format, dense_format)
+    if _is_finished(folder, source, expert_format, dense_format):
+        return folder
+    plan = plan_packing(source)
+    identity = {
+        "source": source.name,
+        "revision": source.revision or "",
+        "fingerprint": source.fingerprint,
+        "expert_format": expert_format,
+        "dense_format": dense_format,
+        "version": VERSION,
+    }
+    try:
+        with PackWriter(folder, identity=identity) as writer:
+            doing = "downloading and packing" if source.shards.download_bytes else "packing"
+            progress.start(f"{doing} {source.name} to {expert_format}", _total_bytes(plan, source))
+            source.shards.on_bytes = progress.advance
+            _pack(plan, writer, expert_format, dense_format, progress)
+            for path in source.small_files():
+                writer.copy_file(path)
+            writer.finish(
+                source=source.name,
+                revision=source.revision,
+                expert_format=expert_format,
+                dense_format=dense_format,
+                created_by=f"moe-offload {VERSION}",
+                extra={"fingerprint": source.fingerprint},
+            )
+    finally:
+        plan.checkpoint.shards.close()
+        progress.finish()
+    return folder
+
+
+def _is_finished(folder: Path, source: CheckpointSource, expert_format: str, dense_format: str) -> bool:
+    """Whether the folder holds the pack of this very checkpoint in these formats."""
+    if not is_pack(folder):
+        return False
+    manifest = read_manifest(folder)
+    found = (manifest.extra.get("fingerprint"), manifest.expert_format, manifest.dense_format)
+    return found == (source.fingerprint, expert_format, dense_format)
+
+
+def pack_name(source: CheckpointSource, expert_format: str, dense_format: str) -> str:
+    """A folder name that tells the model, its state and the formats."""
+    stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in source.name.strip("/")).strip("-.")
+    dense = "" if dense_format == SOURCE else f"-dense-{dense_format}"
+    return f"{stem[-80:]}-{source.fingerprint[:12]}-{expert_format}{dense}"

@@ -1,0 +1,123 @@
+"""Packs of any shape with random weights, written at the speed of the disk: for benchmarks and tests of memory."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from moe_offload._version import VERSION
+from moe_offload.offload.checkpoint.shard_file import DTYPE_NAMES
+from moe_offload.offload.checkpoint.transformers_loading import capture_skeleton
+from moe_offload.offload.experts.containers import ExpertContainer, find_expert_containers
+from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
+from moe_offload.offload.pack.writer import PackWriter
+from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
+from moe_offload.quant import get_format
+
+WEIGHT_STD = 0.02
+# Fresh random weights are made for so many rows; the rest of a matrix repeats them, which no kernel or disk can tell.
+_FRESH_ROWS = 256
+
+
+def _random_weight(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    rows = min(shape[0], _FRESH_ROWS)
+    fresh = torch.randn((rows, *shape[1:]), generator=generator).mul_(WEIGHT_STD).to(dtype)
+    repeats = -(-shape[0] // rows)
+    return fresh.repeat(repeats, *[1] * (len(shape) - 1))[: shape[0]]
+
+
+def _layout(container: ExpertContainer, spec: str) -> LayerLayout:
+    parts = []
+    for param in container.params:
+        part_spec = spec if len(param.shape) > 1 else "bf16"
+        parts.append((param.part, param.packed_shape, part_spec, get_format(part_spec).nbytes(param.packed_shape)))
+    return LayerLayout.of(container.name, container.num_experts, parts)
+
+
+def _expert(layout: LayerLayout, generator: torch.Generator) -> torch.Tensor:
+    blob = torch.zeros(layout.slot_bytes, dtype=torch.uint8)
+    for part in layout.parts:
+        weight = _random_weight(part.shape, torch.bfloat16, generator)
+        blob[part.offset_bytes : part.offset_bytes + part.size_bytes] = get_format(part.format).quantize(weight)
+    return blob
+
+
+def write_synthetic_pack(
+    folder: Path, config: PreTrainedConfig, *, format: str, seed: int = 0, progress: ProgressSink = NULL_PROGRESS
+) -> PackManifest:
+    """Write a pack for the model of ``config`` with random weights: normal, norms at one, biases at zero.
+
+    A layer's experts are one expert, packed once, with its bytes rotated: codes stay codes, and scales stay scales
+    within a factor, so that every expert computes something different and finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    identity = {"source": "synthetic", "config": config.to_json_string(), "format": format, "seed": str(seed)}
+    with PackWriter(folder, identity=identity) as writer:
+        config_file = folder.parent / f".{folder.name}.config" / "config.json"
+        config_file.parent.mkdir(exist_ok=True)
+        try:
+            config_file.write_text(json.dumps(config.to_dict() | {"dtype": "bfloat16"}, default=str))
+            writer.copy_file(config_file)
+            skeleton = capture_skeleton(str(config_file.parent), config, torch.bfloat16)
+        finally:
+            config_file.unlink()
+            config_file.parent.rmdir()
+        containers = find_expert_containers(skeleton.model)
+        layouts = [_layout(container, format) for container in containers]
+        progress.start(f"writing {config.model_type}", sum(item.num_experts * item.slot_bytes for item in layouts))
+        done = writer.done_layers()
+        for layer_idx, layout in enumerate(layouts):
+            if layer_idx in done:
+                continue
+            blob = _expert(layout, generator)
+            with writer.layer(layer_idx, layout) as layer:
+                for expert_idx in range(layout.num_experts):
+                    layer.write_expert(expert_idx, _rotated(layout, blob, expert_idx).numpy().data)
+                    progress.advance(layout.slot_bytes)
+        if "dense-00000.safetensors" not in writer.done_dense():
+            writer.dense_file("dense-00000.safetensors", _dense(skeleton.model, containers, generator))
+        progress.finish()
+        return writer.finish(
+            source="synthetic",
+            revision=None,
+            expert_format=format,
+            dense_format="source",
+            created_by=f"moe-offload {VERSION}",
+        )
+
+
+def _rotated(layout: LayerLayout, blob: torch.Tensor, expert_idx: int) -> torch.Tensor:
+    """The expert's bytes, each weight's codes rotated by rows (its first bytes by code, whatever the format)."""
+    rotated = blob.clone()
+    for part in layout.parts:
+        if len(part.shape) > 1:
+            row_bytes = max(1, int(part.shape[1] * get_format(part.format).bits_per_weight()) // 8) // 64 * 64 or 64
+            codes = blob[part.offset_bytes : part.offset_bytes + part.size_bytes // 2 // row_bytes * row_bytes]
+            rotated[part.offset_bytes : part.offset_bytes + codes.numel()] = codes.roll(row_bytes * expert_idx)
+    return rotated
+
+
+def _dense(
+    model: torch.nn.Module, containers: list[ExpertContainer], generator: torch.Generator
+) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+    expert_targets = {
+        param.target.format(expert=expert_idx)
+        for container in containers
+        for param in container.params
+        for expert_idx in range(container.num_experts)
+    }
+    tied = set(getattr(model, "_tied_weights_keys", None) or {})
+    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    for name, tensor in model.state_dict().items():
+        if name in expert_targets or (is_tied and name in tied):
+            continue
+        shape = tuple(tensor.shape)
+        if tensor.dim() >= 2:
+            value = _random_weight(shape, torch.bfloat16, generator)
+        else:
+            value = torch.zeros(shape) if "bias" in name else torch.ones(shape)
+            value = value.to(torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+        yield name, DTYPE_NAMES[value.dtype], shape, value.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,319 @@
+"""What goes where: a budget split, before anything is read, into weights, cache, workspace and expert slots."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
+from moe_offload.offload.planning.kv_cache import kv_cache_bytes
+from moe_offload.offload.planning.sizes import format_size
+from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, slots_bytes
+from moe_offload.offload.planning.workspace import prefill_chunk_tokens, workspace_bytes
+from moe_offload.quant import format_names, get_format
+
+Device = Literal["cpu", "cuda"]
+_MIB = 1024**2
+# Tokenizer, modules, thread stacks, and what the allocator holds without using it.
+_RUNTIME_BYTES = {"cpu": 160 * _MIB, "cuda": 512 * _MIB}
+_CUDA_CONTEXT_BYTES = 400 * _MIB  # the context, kernels, and the libraries' own workspaces
+_STAGING_SLOTS = 2  # one is computed with while the next is filled
+_SHORTEST_CONTEXT_TOKENS = 256
+_DEFAULT_FORMAT = "nf4"  # the one to propose among equals
+
+
+class Line(NamedTuple):
+    """One use of a tier's memory."""
+
+    tier: str
+    label: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who gets which bytes; "compute" slots are those that kernels read: in RAM on the CPU, in VRAM on a GPU."""
+
+    device: Device
+    ram_bytes: int
+    vram_bytes: int | None
+    context_tokens: int
+    prefill_chunk_tokens: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    runtime_bytes: int
+    device_context_bytes: int
+    num_experts: tuple[int, ...]
+    slot_bytes: tuple[int, ...]
+    num_slots: tuple[int, ...]
+    num_host_slots: tuple[int, ...]
+    staging_slots: int
+    num_host_staging_slots: int
+
+    @property
+    def staging_slot_bytes(self) -> int:
+        """Size of a staging slot, which has to hold any expert."""
+        return max(self.slot_bytes)
+
+    @property
+    def resident_share(self) -> float:
+        """Share of all experts that the compute slots hold."""
+        return sum(self.num_slots) / sum(self.num_experts)
+
+    @property
+    def host_share(self) -> float:
+        """Share of all experts that the host slots hold."""
+        return sum(self.num_host_slots) / sum(self.num_experts)
+
+    def lines(self) -> list[Line]:
+        """Every use of memory, tier by tier."""
+        tier = "RAM" if self.device == "cpu" else "VRAM"
+        lines = [
+            Line(tier, "dense weights", self.dense_bytes),
+            Line(tier, f"KV cache, {self.context_tokens} tokens", self.kv_bytes),
+            Line(tier, f"workspace, {self.prefill_chunk_tokens} tokens at once", self.workspace_bytes),
+            Line(tier, f"staging, {self.staging_slots} slots", self.staging_slots * self.staging_slot_bytes),
+        ]
+        if self.device == "cuda":
+            lines.append(Line(tier, "CUDA context", self.device_context_bytes))
+        lines.append(Line(tier, "expert slots", _slots_bytes(self.slot_bytes, self.num_slots)))
+        if self.device == "cuda":
+            staging_bytes = self.num_host_staging_slots * self.staging_slot_bytes
+            lines.append(Line("RAM", f"staging, {self.num_host_staging_slots} slots", staging_bytes))
+            lines.append(Line("RAM", "expert slots", _slots_bytes(self.slot_bytes, self.num_host_slots)))
+        lines.append(Line("RAM", "runtime", self.runtime_bytes))
+        return lines
+
+    def total_bytes(self, tier: str) -> int:
+        """Bytes planned on "RAM" or "VRAM"."""
+        return sum(line.size_bytes for line in self.lines() if line.tier == tier)
+
+    def render(self) -> str:
+        """The plan as a table of text."""
+        budgets = (
+            {"RAM": self.ram_bytes} if self.vram_bytes is None else {"VRAM": self.vram_bytes, "RAM": self.ram_bytes}
+        )
+        rows: list[tuple[str, str, int, str]] = []
+        for tier, budget_bytes in budgets.items():
+            rows.extend(
+                (tier, line.label, line.size_bytes, f"{line.size_bytes / budget_bytes:4.0%}")
+                for line in self.lines()
+                if line.tier == tier
+            )
+            total_bytes = self.total_bytes(tier)
+            rows.append(
+                (tier, "total", total_bytes, f"{total_bytes / budget_bytes:4.0%} of {format_size(budget_bytes)}")
+            )
+        width = max(len(label) for _, label, _, _ in rows)
+        text = [f"{tier:<4}  {label:<{width}}  {format_size(size):>8}  {share}" for tier, label, size, share in rows]
+        text.append(f"{_slots_phrase(self.num_slots, self.num_experts)}, {self.resident_share:.0%} of experts resident")
+        if self.device == "cuda":
+            phrase = _slots_phrase(self.num_host_slots, self.num_experts)
+            text.append(f"second tier in RAM: {phrase}, {self.host_share:.0%} of experts")
+        return "\n".join(text)
+
+
+def make_plan(
+    manifest: PackManifest,
+    config: PreTrainedConfig,
+    *,
+    device: Device,
+    ram_bytes: int,
+    vram_bytes: int | None,
+    context_tokens: int,
+    dtype_bytes: int,
+    top_k_per_layer: Sequence[int],
+    prefetch_depth: int = 0,
+    resident_dense_bytes: int | None = None,
+) -> Plan:
+    """Split the budgets; BudgetError with the smallest that works where one is too small.
+
+    ``resident_dense_bytes`` is what the dense weights take once loaded, where that differs from their size in the pack.
+    """
+    if len(top_k_per_layer) != len(manifest.layers):
+        raise ConfigError(f"{len(top_k_per_layer)} values of top_k for {len(manifest.layers)} layers with experts")
+    if context_tokens < 1:
+        raise ConfigError(f"a context of {context_tokens} tokens is too short; use 1 or more")
+    if (device == "cuda") != (vram_bytes is not None):
+        raise ConfigError(f"device {device!r} {'needs' if device == 'cuda' else 'has no'} budget of VRAM")
+    demand = _Demand(
+        manifest.layers,
+        config,
+        device=device,
+        context_tokens=context_tokens,
+        dtype_bytes=dtype_bytes,
+        top_k_per_layer=top_k_per_layer,
+        dense_bytes=manifest.dense_bytes if resident_dense_bytes is None else resident_dense_bytes,
+    )
+    compute_bytes = ram_bytes if vram_bytes is None else vram_bytes
+    if compute_bytes < demand.smallest_bytes:
+        option = "--ram" if device == "cpu" else "--vram"
+        raise _budget_error(option, compute_bytes, demand, manifest.expert_format)
+    num_slots = fill_slots(demand.needs, compute_bytes - demand.fixed_bytes)
+    num_host_slots, num_host_staging_slots, runtime_bytes = [0] * len(manifest.layers), 0, _RUNTIME_BYTES[device]
+    if device == "cuda":
+        # Reads for every layer looked ahead land beside those on demand.
+        num_host_staging_slots = _STAGING_SLOTS + prefetch_depth
+        host_fixed_bytes = runtime_bytes + num_host_staging_slots * demand.largest_slot_bytes
+        if ram_bytes < host_fixed_bytes:
+            raise BudgetError(
+                f"needs {format_size(host_fixed_bytes)} of RAM to stage experts, budget {format_size(ram_bytes)}; "
+                f"use --ram {_typed(host_fixed_bytes)}",
+                needed_bytes=host_fixed_bytes,
+                budget_bytes=ram_bytes,
+            )
+        # A layer that is whole on the device has no use for a second tier.
+        partial = [idx for idx, need in enumerate(demand.needs) if num_slots[idx] < need.num_experts]
+        host_needs = [replace(demand.needs[idx], floor=0) for idx in partial]
+        for idx, slots in zip(partial, fill_slots(host_needs, ram_bytes - host_fixed_bytes), strict=True):
+            num_host_slots[idx] = slots
+    return Plan(
+        device=device,
+        ram_bytes=ram_bytes,
+        vram_bytes=vram_bytes,
+        context_tokens=context_tokens,
+        prefill_chunk_tokens=demand.chunk_tokens,
+        dense_bytes=demand.dense_bytes,
+        kv_bytes=demand.kv_bytes,
+        workspace_bytes=demand.workspace_bytes,
+        runtime_bytes=runtime_bytes,
+        device_context_bytes=_CUDA_CONTEXT_BYTES if device == "cuda" else 0,
+        num_experts=tuple(need.num_experts for need in demand.needs),
+        slot_bytes=tuple(need.slot_bytes for need in demand.needs),
+        num_slots=tuple(num_slots),
+        num_host_slots=tuple(num_host_slots),
+        staging_slots=_STAGING_SLOTS,
+        num_host_staging_slots=num_host_staging_slots,
+    )
+
+
+class _Demand:
+    """What the tier that computes must hold whatever the budget, and what its slots need."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerLayout],
+        config: PreTrainedConfig,
+        *,
+        device: Device,
+        context_tokens: int,
+        dtype_bytes: int,
+        top_k_per_layer: Sequence[int],
+        dense_bytes: int,
+    ) -> None:
+        self.layers, self.config, self.device, self.context_tokens = layers, config, device, context_tokens
+        self.dtype_bytes, self.top_k_per_layer, self.dense_bytes = dtype_bytes, top_k_per_layer, dense_bytes
+        expert_rows = max(sum(part.shape[0] for part in layer.parts if len(part.shape) > 1) for layer in layers)
+        self.chunk_tokens = prefill_chunk_tokens(
+            config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, expert_rows=expert_rows
+        )
+        self.kv_bytes = kv_cache_bytes(
+            config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, chunk_tokens=self.chunk_tokens
+        )
+        self.workspace_bytes = workspace_bytes(
+            config,
+            chunk_tokens=self.chunk_tokens,
+            context_tokens=context_tokens,
+            dtype_bytes=dtype_bytes,
+            expert_rows=expert_rows,
+        )
+        self.needs = [
+            SlotNeed(layer.num_experts, layer.slot_bytes, min(top_k, layer.num_experts))
+            for layer, top_k in zip(layers, top_k_per_layer, strict=True)
+        ]
+        self.largest_slot_bytes = max(layer.slot_bytes for layer in layers)
+        overhead_bytes = _RUNTIME_BYTES["cpu"] if device == "cpu" else _CUDA_CONTEXT_BYTES
+        staging_bytes = _STAGING_SLOTS * self.largest_slot_bytes
+        self.fixed_bytes = dense_bytes + self.kv_bytes + self.workspace_bytes + staging_bytes + overhead_bytes
+
+    @property
+    def smallest_bytes(self) -> int:
+        """The smallest budget that works: every layer at its floor."""
+        return self.fixed_bytes + slots_bytes(self.needs, [need.floor for need in self.needs])
+
+    def replaced(self, *, layers: Sequence[LayerLayout] | None = None, context_tokens: int | None = None) -> "_Demand":
+        """The demand with other experts or another context."""
+        return _Demand(
+            self.layers if layers is None else layers,
+            self.config,
+            device=self.device,
+            context_tokens=self.context_tokens if context_tokens is None else context_tokens,
+            dtype_bytes=self.dtype_bytes,
+            top_k_per_layer=self.top_k_per_layer,
+            dense_bytes=self.dense_bytes,
+        )
+
+
+def _budget_error(option: str, budget_bytes: int, demand: _Demand, expert_format: str) -> BudgetError:
+    """The refusal, with those remedies that would do."""
+    needed_bytes = demand.smallest_bytes
+    remedies = [f"{option} {_typed(needed_bytes)}"]
+    context_tokens = demand.context_tokens // 2
+    while context_tokens >= _SHORTEST_CONTEXT_TOKENS:
+        smaller_bytes = demand.replaced(context_tokens=context_tokens).smallest_bytes
+        if smaller_bytes <= budget_bytes:
+            remedies.append(f"--context {context_tokens} (needs {format_size(smaller_bytes)})")
+            break
+        context_tokens //= 2
+    format_bytes, _, spec = min(
+        (demand.replaced(layers=_in_format(demand.layers, spec)).smallest_bytes, spec != _DEFAULT_FORMAT, spec)
+        for spec in format_names()
+    )
+    if format_bytes <= budget_bytes and spec != expert_format:
+        remedies.append(f"--format {spec} (needs {format_size(format_bytes)})")
+    memory = "RAM" if option == "--ram" else "VRAM"
+    floor_bytes = needed_bytes - demand.fixed_bytes
+    return BudgetError(
+        f"needs {format_size(needed_bytes)} of {memory}, budget {format_size(budget_bytes)}: "
+        f"dense weights {format_size(demand.dense_bytes)}, "
+        f"KV cache for {demand.context_tokens} tokens {format_size(demand.kv_bytes)}, "
+        f"workspace {format_size(demand.workspace_bytes)}, fewest expert slots {format_size(floor_bytes)}, "
+        f"the rest {format_size(demand.fixed_bytes - demand.dense_bytes - demand.kv_bytes - demand.workspace_bytes)}; "
+        f"use {' or '.join(remedies)}",
+        needed_bytes=needed_bytes,
+        budget_bytes=budget_bytes,
+    )
+
+
+def _in_format(layers: Sequence[LayerLayout], spec: str) -> list[LayerLayout]:
+    """The layers as they would be packed in another format; biases and other vectors stay as they are."""
+    weight_format = get_format(spec)
+    return [
+        LayerLayout.of(
+            layer.module,
+            layer.num_experts,
+            [
+                (part.name, part.shape, spec, weight_format.nbytes(part.shape))
+                if len(part.shape) > 1
+                else (part.name, part.shape, part.format, part.size_bytes)
+                for part in layer.parts
+            ],
+        )
+        for layer in layers
+    ]
+
+
+def _typed(size_bytes: int) -> str:
+    """A size to type back in: whole MiB, rounded up so that it suffices."""
+    return f"{-(-size_bytes // _MIB)}MiB"
+
+
+def _slots_bytes(slot_bytes: Sequence[int], num_slots: Sequence[int]) -> int:
+    return sum(size * slots for size, slots in zip(slot_bytes, num_slots, strict=True))
+
+
+def _slots_phrase(num_slots: Sequence[int], num_experts: Sequence[int]) -> str:
+    """ "slots 5 of 8 per layer", or the range where layers differ."""
+    counts = Counter(zip(num_slots, num_experts, strict=True))
+    if len(counts) == 1:
+        ((slots, experts),) = counts
+        return f"slots {slots} of {experts} per layer"
+    slots_range, experts_range = (
+        f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+        for values in (num_slots, num_experts)
+    )
+    return f"slots {slots_range} of {experts_range} per layer"

@@ -1,0 +1,1 @@
+"""Experts from the disk into memory."""

@@ -1,0 +1,1 @@
+"""The memories that experts are computed from and kept in."""

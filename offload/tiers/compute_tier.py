@@ -1,0 +1,50 @@
+"""The memory that experts are computed from: slots that transfers fill and kernels read."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from moe_offload.offload.experts.weights import ExpertWeights
+
+Done = Callable[[BaseException | None], None]
+
+
+class Transfer(Protocol):
+    """The bytes of one expert on their way to a slot."""
+
+    def cancel(self) -> bool:
+        """Give up a speculative transfer: ``done`` gets a `ReadCancelledError` soon. False if it is too late."""
+
+    def promote(self) -> bool:
+        """Somebody waits for it now: treat it as demand. False if it was cancelled before."""
+
+
+class ComputeTier(Protocol):
+    """Slots by layer. Slots from 0 are the cache's; negative ones (-1, -2, ...) are staging, shared by all layers."""
+
+    @property
+    def num_staging_slots(self) -> int:
+        """How many staging slots there are."""
+
+    def begin(self, layer_idx: int, expert_idx: int, slot: int, *, speculative: bool, done: Done) -> Transfer:
+        """Start to fill a slot. ``done`` is called once, from any thread, with what went wrong or None.
+
+        The caller sees to it that nothing that was launched before still reads the slot, except on this tier's own
+        queue, where the transfer is ordered behind it.
+        """
+
+    def use(self, layer_idx: int, slot: int) -> ExpertWeights:
+        """The expert in a slot whose transfer is done; kernels launched from now on see its bytes."""
+
+    def used(self, layer_idx: int, slot: int) -> None:
+        """The kernels that read the slot are launched; a later transfer into it is ordered behind them."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that came from the disk."""
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes that were copied to a device of its own; none where the disk is read into the slots themselves."""
+
+    def close(self) -> None:
+        """Stop transfers and free the memory."""

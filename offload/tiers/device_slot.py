@@ -1,0 +1,60 @@
+"""One slot on the device, and the events that order those who write and read it."""
+
+import threading
+from collections.abc import Hashable
+
+import torch
+
+from moe_offload.offload.tiers.device_queue import DeviceQueue, Event
+from moe_offload.offload.tiers.host_expert import HostExpert
+
+
+class DeviceSlot:
+    """Memory that copies fill and kernels read: each copy behind the kernels before it, each kernel behind its copy."""
+
+    def __init__(self, queue: DeviceQueue, data: torch.Tensor) -> None:
+        """``data``: ``uint8 [slot_bytes]`` on the queue's device."""
+        self.data = data
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._arrival: Event | None = None
+        self._ordered: set[Hashable] = set()  # the streams that have been told to wait for the arrival
+        self._last_use: dict[Hashable, Event] = {}  # one for each stream that has read what is in the slot
+
+    def fill(self, expert: HostExpert) -> None:
+        """Enqueue the copy. Raises ExpertCopyError; the host memory is given back in any case.
+
+        Nobody may use the slot until this has returned, and nobody may launch kernels that read its old bytes.
+        """
+        event = self._queue.new_event()
+        try:
+            target = self.data[: expert.data.numel()]
+            self._queue.copy(expert.data, target, after=tuple(self._last_use.values()), event=event)
+        finally:
+            # Also when an interrupt strikes in between: the copy may be under way.
+            expert.hold_until(event)
+        with self._lock:
+            self._arrival = event
+            self._ordered.clear()
+            self._last_use.clear()  # later copies are behind this one
+
+    def use(self) -> None:
+        """Kernels that this thread launches from now on see the bytes."""
+        stream = self._queue.stream()
+        if self._arrival is not None and stream not in self._ordered:
+            self._queue.wait(self._arrival)
+            self._ordered.add(stream)
+
+    def used(self) -> None:
+        """The next copy waits for all that this thread has launched so far."""
+        stream = self._queue.stream()
+        with self._lock:  # two threads may share a stream: the event has to end up behind both
+            event = self._last_use.get(stream)
+            if event is None:
+                event = self._last_use[stream] = self._queue.new_event()
+            self._queue.record(event)
+
+    def wait_until_unused(self) -> None:
+        """Block this thread until no kernel reads the slot."""
+        for event in list(self._last_use.values()):
+            event.wait()
