@@ -1,10 +1,13 @@
 """Rates measured in a second or two: memory, disk, and the link to the device, in bytes a second."""
 
+import contextlib
 import errno
+import itertools
 import mmap
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,7 @@ _MEMORY_BYTES = 512 * 1024**2
 _COPY_BYTES = 256 * 1024**2
 _FILE_BYTES = 256 * 1024**2
 _BLOCK_BYTES = 4096
+_NUM_THREADS = 4  # as many as read experts
 _LONGEST_S = 0.9
 
 
@@ -55,7 +59,7 @@ def memory_read_rate(num_bytes: int = _MEMORY_BYTES) -> Rate:
 
 
 def disk_read_rate(path: Path, read_bytes: int = 4 * 1024**2, file_bytes: int = _FILE_BYTES) -> DiskRate:
-    """How fast reads of ``read_bytes``, one after the other, come from a file, or from a new one in a folder.
+    """How fast a few threads together read pieces of ``read_bytes`` from a file, or from a new one in a folder.
 
     Bounded to about a second of reading, and one of writing. The new file is removed, whatever happens.
     """
@@ -105,20 +109,35 @@ def _read_rate(path: Path, read_bytes: int) -> DiskRate:
     try:
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        num_bytes = offset_bytes = 0
-        with mmap.mmap(-1, read_bytes) as buffer:  # anonymous memory starts on a page, as O_DIRECT wants
-            start_s = time.perf_counter()
-            while True:
-                num_read = os.preadv(descriptor, [buffer], offset_bytes)
+        reads = itertools.count()
+        memories = [_slot_memory(read_bytes) for _ in range(_NUM_THREADS)]
+        start_s = time.perf_counter()
+
+        def read(memory: mmap.mmap) -> int:
+            num_bytes = 0
+            while time.perf_counter() - start_s < _LONGEST_S:
+                num_read = os.preadv(descriptor, [memory], next(reads) * read_bytes)
                 num_bytes += num_read
-                offset_bytes += num_read
-                # A short read is the end of the file; its offset is no longer one that O_DIRECT takes.
-                if num_read < read_bytes or time.perf_counter() - start_s > _LONGEST_S:
+                if num_read < read_bytes:  # the end of the file
                     break
-            elapsed_s = time.perf_counter() - start_s
-        return DiskRate(num_bytes, elapsed_s, read_bytes, direct)
+            return num_bytes
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            num_bytes = sum(pool.map(read, memories))
+        return DiskRate(num_bytes, time.perf_counter() - start_s, read_bytes, direct)
     finally:
         os.close(descriptor)
+
+
+def _slot_memory(read_bytes: int) -> mmap.mmap:
+    """Touched memory on huge pages where there are any, as expert slots are: direct reads into it are faster."""
+    buffer = mmap.mmap(-1, read_bytes)  # anonymous memory starts on a page, as O_DIRECT wants
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    for offset_bytes in range(0, read_bytes, _BLOCK_BYTES):
+        buffer[offset_bytes] = 1
+    return buffer
 
 
 def _open_direct(path: Path) -> tuple[int, bool]:
