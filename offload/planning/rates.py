@@ -1,9 +1,7 @@
 """Rates measured in a second or two: memory, disk, and the link to the device, in bytes a second."""
 
-import contextlib
 import errno
 import itertools
-import mmap
 import os
 import tempfile
 import time
@@ -105,15 +103,21 @@ def _timed_sum(numbers: "torch.Tensor") -> Rate:
 
 
 def _read_rate(path: Path, read_bytes: int) -> DiskRate:
+    from moe_offload.offload.streaming.slab import Slab
+
     descriptor, direct = _open_direct(path)
     try:
         if not direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         reads = itertools.count()
-        memories = [_slot_memory(read_bytes) for _ in range(_NUM_THREADS)]
+        # Memory like that of expert slots: on huge pages, direct reads into it are up to three times as fast.
+        slab = Slab(_NUM_THREADS, read_bytes)
+        for slot in range(_NUM_THREADS):
+            slab.tensor(slot).fill_(1)  # touched, so that no page is made while the clock runs
         start_s = time.perf_counter()
 
-        def read(memory: mmap.mmap) -> int:
+        def read(slot: int) -> int:
+            memory = slab.memory(slot)
             num_bytes = 0
             while time.perf_counter() - start_s < _LONGEST_S:
                 num_read = os.preadv(descriptor, [memory], next(reads) * read_bytes)
@@ -123,21 +127,10 @@ def _read_rate(path: Path, read_bytes: int) -> DiskRate:
             return num_bytes
 
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            num_bytes = sum(pool.map(read, memories))
+            num_bytes = sum(pool.map(read, range(_NUM_THREADS)))
         return DiskRate(num_bytes, time.perf_counter() - start_s, read_bytes, direct)
     finally:
         os.close(descriptor)
-
-
-def _slot_memory(read_bytes: int) -> mmap.mmap:
-    """Touched memory on huge pages where there are any, as expert slots are: direct reads into it are faster."""
-    buffer = mmap.mmap(-1, read_bytes)  # anonymous memory starts on a page, as O_DIRECT wants
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            buffer.madvise(mmap.MADV_HUGEPAGE)
-    for offset_bytes in range(0, read_bytes, _BLOCK_BYTES):
-        buffer[offset_bytes] = 1
-    return buffer
 
 
 def _open_direct(path: Path) -> tuple[int, bool]:
