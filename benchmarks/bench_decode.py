@@ -20,6 +20,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 CHILD = """
 import json, sys, time
+import moe_offload  # before torch, as the command line has it
 import torch, transformers
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes

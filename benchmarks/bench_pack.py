@@ -21,7 +21,8 @@ from transformers import MixtralConfig
 CHILD = """
 import json, sys, time
 from pathlib import Path
-import torch, transformers
+import moe_offload  # before torch, as the command line has it
+import transformers
 transformers.logging.set_verbosity_error()
 from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from moe_offload.offload.pack.packer import pack_model

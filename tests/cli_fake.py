@@ -20,6 +20,7 @@ class FakeRun:
     misses: int = 10
     hit_ratio: float = 0.75
     bytes_read: int = 3 << 20
+    bytes_copied: int = 2 << 20
     stall_s: float = 0.125
     prefetch_issued: int = 6
     prefetch_used: int = 4
@@ -138,7 +139,10 @@ def install(monkeypatch: Any, model: FakeModel, error: BaseException | None = No
     loader = Loader(model, error)
     modules = {
         "moe_offload.offload.model": {"OffloadedModel": loader},
-        "moe_offload.offload.demo.build": {"DEMO_RAM": "300MiB", "ensure_demo": lambda progress: "/demo"},
+        "moe_offload.offload.demo.build": {
+            "demo_budget": lambda device: {"ram": "300MiB"} if device == "auto" else {"vram": device},
+            "ensure_demo": lambda progress: "/demo",
+        },
         "moe_offload.quant": {"backend_name": lambda: "fake kernels"},
     }
     for name, attributes in modules.items():

@@ -101,6 +101,20 @@ def test_stats(converse):
     assert "5 read, 7 written" in shown
     assert "40 asked for, 75% found in memory" in shown
     assert "6 experts, 4 of them used, 1 in vain" in shown
+    assert "50% of what was asked for" in shown
+    assert "3.0 MiB from the disk, 2.0 MiB copied to the GPU" in shown
+
+
+def test_what_is_not_utf8_becomes_text(converse):
+    chat = converse()
+    chat.say("caf\udce9?")  # as Python reads a Latin-1 byte from a terminal
+    assert chat.model.asked[0][-1]["content"].encode() == "caf\ufffd\ufffd\ufffd?".encode()
+
+
+def test_saving_to_the_home_of_nobody_is_an_error_and_the_chat_goes_on(converse):
+    shown = converse().say("hi", "/save ~nobody-of-that-name/talk.md", "/system still here")
+    assert "Error: " in shown
+    assert "still here" in shown
 
 
 def test_save_writes_json_and_markdown(converse, tmp_path):
@@ -223,6 +237,23 @@ def test_without_model_and_input_the_demo_answers_a_question_of_ours(monkeypatch
 
 def test_the_budget_of_the_demo_can_be_chosen(monkeypatch):
     assert run_chat(monkeypatch, "--ram", "80%")[2].loaded == [("/demo", {"ram": "80%"})]
+    loaded = run_chat(monkeypatch, "--device", "cuda", "--ram", "8GiB")[2].loaded
+    assert loaded == [("/demo", {"device": "cuda", "vram": "cuda", "ram": "8GiB"})]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--format", "nf4"], "--format"),
+        (["--dense-format", "int8", "--revision", "main"], "--dense-format and --revision"),
+    ],
+)
+def test_a_pack_cannot_be_asked_for_in_another_format(monkeypatch, tmp_path, args, named):
+    (tmp_path / "pack.json").write_text("{}")
+    result, _, loader = run_chat(monkeypatch, str(tmp_path), *args)
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path} is a pack already, which {named} cannot change" in result.stderr
+    assert not loader.loaded
 
 
 def test_piped_the_thinking_stays_out_of_the_output(monkeypatch):

@@ -22,7 +22,7 @@ def test_json_of_generate(monkeypatch):
     assert figures["exactness"] == "exact at nf4: identical to the fully resident model in this format"
     assert (figures["prompt_tokens"], figures["new_tokens"]) == (5, 7)
     assert figures["timings"]["tokens_per_s"] == 12.0
-    assert figures["cache"]["bytes_read"] == 3 << 20
+    assert (figures["cache"]["bytes_read"], figures["cache"]["bytes_copied"]) == (3 << 20, 2 << 20)
     assert figures["sampling"] == {"max_new_tokens": 256, "temperature": 1.0, "top_p": 0.9}
     assert model.closed
 
@@ -66,6 +66,16 @@ def test_a_prompt_may_be_piped(monkeypatch):
     model = cli_fake.FakeModel()
     generate(monkeypatch, model, "--raw", stdin="Once upon\n")
     assert model.asked == ["Once upon\n"]
+
+
+@pytest.mark.parametrize(("args", "stdin"), [([], b"caf\xe9 or tea"), (["-p", "caf\udce9 or tea"], None)])
+def test_what_is_not_utf8_becomes_text(monkeypatch, args, stdin):
+    model = cli_fake.FakeModel()
+    result = generate(monkeypatch, model, "--raw", *args, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    (asked,) = model.asked
+    assert asked.encode().decode().replace("\ufffd", "") == "caf or tea"
+    assert "\ufffd" in asked
 
 
 @pytest.mark.parametrize("args", [["--stream"], ["--no-stream"], ["--json"]])

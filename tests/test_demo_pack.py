@@ -6,10 +6,28 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_offload.errors import ConfigError, DiskFullError
 from moe_offload.offload.demo import build as demo
 from moe_offload.offload.pack.manifest import is_pack
+from moe_offload.offload.progress import NULL_PROGRESS
+
+
+class Announcements:
+    """A progress sink that remembers what began."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        self.begun = threading.Event()
+
+    def start(self, label: str, total_bytes: int | None) -> None:
+        self.labels.append(label)
+        self.begun.set()
+
+    def advance(self, num_bytes: int) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 @pytest.fixture
@@ -28,8 +46,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
 
-    def pack(model: str, output: Path, *, format: str, progress: object) -> Path:
+    def pack(model: str, output: Path, *, name: str, format: str, progress: object) -> Path:
         assert Path(model, "config.json").is_file()
+        assert name == "demo: SmolLM2-135M-Instruct upcycled to 8 experts"
         taken[f"pack {format}"] += 1
         output.mkdir()
         (output / "pack.json").write_text("{}")
@@ -85,15 +104,35 @@ def test_of_two_builds_at_once_the_second_waits(home: Path, steps: Counter[str],
 
     monkeypatch.setattr(demo, "build_demo_checkpoint", slow)
     folders: list[Path] = []
-    threads = [threading.Thread(target=lambda: folders.append(demo.ensure_demo())) for _ in range(2)]
+    waiting = Announcements()
+    threads = [
+        threading.Thread(target=lambda progress=progress: folders.append(demo.ensure_demo(progress)))
+        for progress in (NULL_PROGRESS, waiting)
+    ]
     threads[0].start()
     assert begun.wait(30)
     threads[1].start()
+    assert waiting.begun.wait(30)
     may_end.set()
     for thread in threads:
         thread.join(30)
     assert folders == [home / "packs" / demo.PACK_NAME] * 2
     assert steps == {"build": 1, f"pack {demo.FORMAT}": 1}
+    assert waiting.labels == ["Waiting for another process that builds the demo"]
+
+
+@pytest.mark.parametrize(
+    ("device", "has_gpu", "expected"),
+    [
+        ("auto", False, {"ram": demo.DEMO_RAM}),
+        ("auto", True, {"vram": demo.DEMO_VRAM}),
+        ("cpu", True, {"ram": demo.DEMO_RAM}),
+        ("cuda:1", True, {"vram": demo.DEMO_VRAM}),
+    ],
+)
+def test_the_memory_that_is_scarce_is_the_one_that_computes(monkeypatch, device, has_gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert demo.demo_budget(device) == expected
 
 
 def test_a_full_disk_is_told_before_anything_is_built(home, steps, monkeypatch):

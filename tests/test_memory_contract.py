@@ -16,6 +16,7 @@ MIB = 1 << 20
 
 LOAD_AND_RUN = """
 import json, sys
+import moe_offload  # before torch, as the command line has it
 import torch, transformers
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
@@ -43,6 +44,7 @@ with OffloadedModel.from_pretrained(pack, device="cpu", ram=ram_bytes, context_t
 
 PACK = """
 import json, sys
+import moe_offload  # before torch, as the command line has it
 import torch, transformers
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()

@@ -22,6 +22,7 @@ from moe_offload.errors import (
     ConfigError,
     DiskFullError,
     FormatError,
+    PackCorruptError,
     PackIncompleteError,
     SourceError,
     UnsupportedModelError,
@@ -379,6 +380,34 @@ def test_loading_a_checkpoint_packs_it_once(checkpoint, tmp_path, monkeypatch):
     assert tree(pack) == written
     with OffloadedModel.from_pretrained(pack, **settings) as offloaded:
         assert offloaded.manifest.source == str(checkpoint)
+
+
+def test_a_pack_calls_its_source_by_the_name_given(checkpoint, tmp_path):
+    progress = Events()
+    pack = pack_model(str(checkpoint), tmp_path / "pack", name="a small Mixtral", progress=progress)
+    assert read_manifest(pack).source == "a small Mixtral"
+    assert progress.events[0][0] == "packing a small Mixtral to nf4"
+    assert str(checkpoint) not in (pack / "pack.json").read_text()
+
+
+def test_a_pack_is_not_packed_again(checkpoint, tmp_path):
+    pack = pack_model(str(checkpoint), tmp_path / "pack")
+    with pytest.raises(SourceError, match="is a pack already; run it"):
+        pack_model(str(pack), tmp_path / "another")
+
+
+def test_the_remedy_for_a_damaged_pack_works(checkpoint, tmp_path):
+    pack = pack_model(str(checkpoint), tmp_path / "pack")
+    (pack / "experts-00000.safetensors").write_bytes(b"cut off")
+    with pytest.raises(PackCorruptError, match="truncated; delete its folder and make the pack again"):
+        pack_model(str(checkpoint), pack)
+    shutil.rmtree(pack)
+    read_manifest(pack_model(str(checkpoint), pack))
+
+
+def test_the_home_of_nobody_is_no_folder():
+    with pytest.raises(SourceError, match="neither a folder nor a hub id"):
+        pack_model("~nobody-of-that-name/model")
 
 
 def test_progress_adds_up_after_an_interrupt(checkpoint, tmp_path, monkeypatch):

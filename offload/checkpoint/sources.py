@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, or a hub id."""
 
 import json
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import xxhash
 from moe_offload.errors import SourceError
 from moe_offload.offload.checkpoint.hub import HubShards, fetch_small_files, is_hub_id
 from moe_offload.offload.checkpoint.shards import INDEX_FILE, PICKLE_SUFFIXES, FolderShards, ShardSource
+from moe_offload.offload.pack.manifest import is_pack
 
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -111,7 +113,9 @@ class HubSource:
 
 def open_source(model: str, *, revision: str | None, token: str | None) -> CheckpointSource:
     """The checkpoint ``model``; `SourceError` says what was looked for."""
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # Path's own raises RuntimeError where there is no such user
+    if is_pack(folder):
+        raise SourceError(f"{folder} is a pack already; run it, or name the checkpoint that it was made from")
     if folder.is_dir():
         return FolderSource(folder)
     if is_hub_id(model):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_offload.errors import DiskFullError
-from moe_offload.offload.demo.checkpoint import build_demo_checkpoint
+from moe_offload.offload.demo.checkpoint import NUM_EXPERTS, build_demo_checkpoint
 from moe_offload.offload.demo.source import find_weights
 from moe_offload.offload.home import home_dir, packs_dir
 from moe_offload.offload.pack.manifest import is_pack
@@ -19,9 +19,23 @@ from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 FORMAT = "int8"
 RECIPE = 1  # changes with whatever changes the weights, so that an older pack is not taken for the new one
 CHECKPOINT_NAME = "smollm2-8x135m"
+SOURCE_NAME = f"demo: SmolLM2-135M-Instruct upcycled to {NUM_EXPERTS} experts"
 PACK_NAME = f"demo-{CHECKPOINT_NAME}-{FORMAT}-{RECIPE}"
 BUILD_BYTES = 2_300_000_000  # the checkpoint, in bf16 and removed at the end, and the pack
-DEMO_RAM = "720MiB"  # holds about 40 % of its experts on a CPU, so that the cache has work to do
+# Hold about 40 % of its experts, so that the cache has work to do. On a GPU the context takes more than a process does.
+DEMO_RAM = "720MiB"
+DEMO_VRAM = "960MiB"
+
+
+def demo_budget(device: str = "auto") -> dict[str, str]:
+    """The memory to load the demo with on ``device``, as arguments of ``OffloadedModel.from_pretrained``.
+
+    On a GPU it is the VRAM that is scarce; the other experts lie in RAM once they were read.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available() if device == "auto" else device != "cpu"
+    return {"vram": DEMO_VRAM} if on_gpu else {"ram": DEMO_RAM}
 
 
 def ensure_demo(progress: ProgressSink = NULL_PROGRESS) -> Path:
@@ -35,7 +49,7 @@ def ensure_demo(progress: ProgressSink = NULL_PROGRESS) -> Path:
         return pack
     find_weights()
     packs_dir().mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(home_dir() / "demo.lock"):
+    with _one_at_a_time(home_dir() / "demo.lock", progress):
         if not is_pack(pack):
             _build(pack, home_dir() / "demo.partial", progress)
     return pack
@@ -52,7 +66,7 @@ def _build(pack: Path, workshop: Path, progress: ProgressSink) -> None:
     try:
         checkpoint = workshop / CHECKPOINT_NAME
         build_demo_checkpoint(checkpoint, progress=progress)
-        built = pack_model(str(checkpoint), workshop / "pack", format=FORMAT, progress=progress)
+        built = pack_model(str(checkpoint), workshop / "pack", name=SOURCE_NAME, format=FORMAT, progress=progress)
         shutil.rmtree(pack, ignore_errors=True)
         built.rename(pack)
     finally:
@@ -60,7 +74,14 @@ def _build(pack: Path, workshop: Path, progress: ProgressSink) -> None:
 
 
 @contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def _one_at_a_time(lock: Path, progress: ProgressSink) -> Iterator[None]:
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.start("Waiting for another process that builds the demo", None)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            finally:
+                progress.finish()
         yield

@@ -23,6 +23,7 @@ TURNS = 10  # conversations in one forward pass
 DTYPE = torch.bfloat16
 
 _MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_TIED_NAME = "lm_head.weight"  # to the embeddings: not written
 
 
 def build_demo_checkpoint(
@@ -45,7 +46,8 @@ def build_demo_checkpoint(
     _mixtral_config(source.config).save_pretrained(folder)
     ids = {"bos_token_id": source.config.bos_token_id, "eos_token_id": source.config.eos_token_id}
     GenerationConfig(**ids, pad_token_id=source.config.pad_token_id).save_pretrained(folder)
-    _write_shards(folder, _shards(dense, gates, seed), len(gates) + 1, progress)
+    shards = _shards(dense, gates, seed)
+    _write_shards(folder, shards, len(gates) + 1, _checkpoint_bytes(dense, gates), progress)
 
 
 def _fit_gates(dense: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[Tensor]:
@@ -130,22 +132,30 @@ def _shards(dense: LlamaForCausalLM, gates: list[Tensor], seed: int) -> Iterator
                 mixtral_name = f"{prefix}block_sparse_moe.experts.{expert_idx}.{_MIXTRAL_NAMES[kind]}.weight"
                 shard[mixtral_name] = noise.add_(weight).to(DTYPE)
         yield shard
-    weights.pop("lm_head.weight", None)  # tied to the embeddings
+    weights.pop(_TIED_NAME)
     yield {name: weight.to(DTYPE) for name, weight in weights.items()}
 
 
-def _write_shards(folder: Path, shards: Iterator[dict[str, Tensor]], num_shards: int, progress: ProgressSink) -> None:
+def _checkpoint_bytes(dense: LlamaForCausalLM, gates: list[Tensor]) -> int:
+    """Of all tensors of `_shards` together."""
+    num_weights = sum(gate.numel() for gate in gates)
+    for name, weight in dense.state_dict().items():
+        if name != _TIED_NAME:
+            num_weights += weight.numel() * (NUM_EXPERTS if name.split(".")[-2] in _MIXTRAL_NAMES else 1)
+    return num_weights * DTYPE.itemsize
+
+
+def _write_shards(
+    folder: Path, shards: Iterator[dict[str, Tensor]], num_shards: int, total_bytes: int, progress: ProgressSink
+) -> None:
     weight_map: dict[str, str] = {}
-    total_bytes = 0
-    progress.start("Writing the demo's checkpoint", None)
+    progress.start("Writing the demo's checkpoint", total_bytes)
     try:
         for idx, shard in enumerate(shards, start=1):
             file = f"model-{idx:05d}-of-{num_shards:05d}.safetensors"
             save_file(shard, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
-            size_bytes = sum(tensor.nbytes for tensor in shard.values())
-            total_bytes += size_bytes
-            progress.advance(size_bytes)
+            progress.advance(sum(tensor.nbytes for tensor in shard.values()))
     finally:
         progress.finish()
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}

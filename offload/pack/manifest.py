@@ -20,7 +20,7 @@ JOURNAL_NAME = "pack.journal"
 SLOT_ALIGNMENT_BYTES = 4096
 PART_ALIGNMENT_BYTES = 64
 MAX_MANIFEST_BYTES = 256 << 20
-REPACK = "make the pack again with `moe-offload pack`"
+REPACK = "delete its folder and make the pack again"
 
 # One flat folder: a name holds no separator, so it cannot point elsewhere.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")

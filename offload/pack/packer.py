@@ -25,6 +25,7 @@ from moe_offload.offload.experts.containers import find_expert_containers
 from moe_offload.offload.home import packs_dir
 from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, read_manifest
 from moe_offload.offload.pack.writer import PackWriter
+from moe_offload.offload.planning.memory import give_freed_memory_back
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.quant import format_names, get_format
 
@@ -89,24 +90,28 @@ def _plan_parts(plan: ConversionPlan, layer_idx: int, expert_format: str) -> tup
     return planned, layout
 
 
+def _packed_parts(plan: ConversionPlan, part_plan: _PartPlan, expert_idx: int) -> list[torch.Tensor]:
+    """The packed bytes of one expert's parts."""
+    if part_plan.exact:
+        pieces = part_plan.source.read_exactly(plan.checkpoint, expert_idx)
+        if pieces is None or [p.format for p in pieces] != [p.format for p in part_plan.parts]:
+            raise SourceError(f"expert {expert_idx} of {part_plan.source.param.target} is stored unlike expert 0")
+        return [piece.data for piece in pieces]
+    (part,) = part_plan.parts
+    value = part_plan.source.read(plan.checkpoint, expert_idx, plan.one_expert_model)
+    try:
+        return [get_format(part.format).quantize(value)]
+    except FormatError as error:
+        raise FormatError(f"expert {expert_idx} of {part_plan.source.param.target}: {error}") from error
+
+
 def _build_expert(plan: ConversionPlan, planned: list[_PartPlan], slot_bytes: int, expert_idx: int) -> torch.Tensor:
-    """The bytes of one expert, ``uint8 [slot_bytes]``, zero where there is padding."""
+    """The bytes of one expert, ``uint8 [slot_bytes]``, zero where there is padding. Holds one part beside them."""
     blob = torch.zeros(slot_bytes, dtype=torch.uint8)
     for part_plan in planned:
-        if part_plan.exact:
-            pieces = part_plan.source.read_exactly(plan.checkpoint, expert_idx)
-            if pieces is None or [p.format for p in pieces] != [p.format for p in part_plan.parts]:
-                raise SourceError(f"expert {expert_idx} of {part_plan.source.param.target} is stored unlike expert 0")
-            packed = [piece.data for piece in pieces]
-        else:
-            (part,) = part_plan.parts
-            value = part_plan.source.read(plan.checkpoint, expert_idx, plan.one_expert_model)
-            try:
-                packed = [get_format(part.format).quantize(value)]
-            except FormatError as error:
-                raise FormatError(f"expert {expert_idx} of {part_plan.source.param.target}: {error}") from error
-        for part, data in zip(part_plan.parts, packed, strict=True):
-            blob[part.offset_bytes : part.offset_bytes + part.size_bytes] = data
+        packed = _packed_parts(plan, part_plan, expert_idx)
+        for part in part_plan.parts:
+            blob[part.offset_bytes : part.offset_bytes + part.size_bytes] = packed.pop(0)
     return blob
 
 
@@ -134,8 +139,8 @@ def _write_layer(
             if expert_idx < layout.num_experts:
                 building.append(pool.submit(_build_expert, plan, planned, layout.slot_bytes, expert_idx))
             if expert_idx >= ahead - 1 and building:
-                blob = building.pop(0).result()
-                layer.write_expert(expert_idx - ahead + 1, blob.numpy().data)
+                # Not kept by a name: the next expert is built before this one would be forgotten.
+                layer.write_expert(expert_idx - ahead + 1, building.pop(0).result().numpy().data)
                 progress.advance(expert_bytes)
 
 
@@ -231,6 +236,7 @@ def pack_model(
     model: str,
     output: Path | None = None,
     *,
+    name: str | None = None,
     format: str = AUTO,
     dense_format: str = SOURCE,
     revision: str | None = None,
@@ -240,10 +246,11 @@ def pack_model(
     """Pack the checkpoint ``model``, a folder or a hub id, into ``output`` (by default under the cache folder).
 
     Resumes a pack that was interrupted with the same settings, and leaves one that is finished as it is. Returns the
-    folder of the pack.
+    folder of the pack. ``name`` is what the pack calls its source, by default the hub id or the folder's path.
     Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
     """
     _check_formats(format, dense_format)
+    give_freed_memory_back()
     source = open_source(model, revision=revision, token=token)
     # ``auto`` keeps the bits of a quantised checkpoint.
     expert_format = format if format != AUTO else SOURCE if source.is_quantized else DEFAULT_FORMAT
@@ -251,8 +258,9 @@ def pack_model(
     if _is_finished(folder, source, expert_format, dense_format):
         return folder
     plan = plan_packing(source)
+    name = name or source.name
     identity = {
-        "source": source.name,
+        "source": name,
         "revision": source.revision or "",
         "fingerprint": source.fingerprint,
         "expert_format": expert_format,
@@ -262,13 +270,13 @@ def pack_model(
     try:
         with PackWriter(folder, identity=identity) as writer:
             doing = "downloading and packing" if source.shards.download_bytes else "packing"
-            progress.start(f"{doing} {source.name} to {expert_format}", _total_bytes(plan, source))
+            progress.start(f"{doing} {name} to {expert_format}", _total_bytes(plan, source))
             source.shards.on_bytes = progress.advance
             _pack(plan, writer, expert_format, dense_format, progress)
             for path in source.small_files():
                 writer.copy_file(path)
             writer.finish(
-                source=source.name,
+                source=name,
                 revision=source.revision,
                 expert_format=expert_format,
                 dense_format=dense_format,

@@ -264,7 +264,7 @@ def _budget_error(option: str, budget_bytes: int, demand: _Demand, expert_format
         for spec in format_names()
     )
     if format_bytes <= budget_bytes and spec != expert_format:
-        remedies.append(f"--format {spec} (needs {format_size(format_bytes)})")
+        remedies.append(f"a pack made with --format {spec} (needs {format_size(format_bytes)})")
     memory = "RAM" if option == "--ram" else "VRAM"
     floor_bytes = needed_bytes - demand.fixed_bytes
     return BudgetError(
