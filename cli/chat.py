@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from moe_offload.cli.options import MODEL, given, load_options, sampling_options
+from moe_offload.cli.options import MODEL, TEXT, given, load_options, sampling_options
+from moe_offload.cli.user_text import piped_text
 
 DEFAULT_PROMPT = "Explain in three sentences why the sky is blue."
 
@@ -15,7 +16,7 @@ DEFAULT_PROMPT = "Explain in three sentences why the sky is blue."
 @load_options
 @sampling_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
-@click.option("--system", metavar="TEXT", help="System prompt: how the model should behave.")
+@click.option("--system", type=TEXT, help="System prompt: how the model should behave.")
 @click.option("--plain", is_flag=True, help="Show answers as they are written, without Markdown.")
 def chat(
     model: str | None,
@@ -45,7 +46,7 @@ def chat(
     from moe_offload.cli.sampling import Sampling
 
     interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    message = None if interactive else _piped_message()
+    message = None if interactive else piped_text().strip() or DEFAULT_PROMPT
     notes = notes_console(stderr=not interactive)
     with open_model(model, given(load), notes_console()) as opened:
         generation_config = getattr(opened.model.model, "generation_config", None)
@@ -64,12 +65,3 @@ def chat(
         from moe_offload.offload.home import home_dir
 
         session.run(message_reader(home_dir() / "chat_history"))
-
-
-def _piped_message() -> str:
-    """All of the standard input as one message; a default one if it is closed or empty."""
-    try:
-        piped = sys.stdin.read().strip() if sys.stdin is not None else ""
-    except OSError:
-        piped = ""
-    return piped or DEFAULT_PROMPT

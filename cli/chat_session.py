@@ -15,6 +15,7 @@ from moe_offload.cli.report import report_line
 from moe_offload.cli.sampling import Sampling
 from moe_offload.cli.slash_commands import COMMANDS
 from moe_offload.cli.transcript import Turn
+from moe_offload.cli.user_text import mended
 from moe_offload.errors import MoeOffloadError
 
 _COMMAND = re.compile(r"/([a-z]+)(!?)(?:\s+(.*))?", re.DOTALL)
@@ -37,7 +38,7 @@ class ChatSession:
         """Read and answer until /exit or the end of the input; errors are shown, and the conversation goes on."""
         while not self.over:
             try:
-                message = read_message().strip()
+                message = mended(read_message()).strip()
             except KeyboardInterrupt:
                 continue
             except EOFError:

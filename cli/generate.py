@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from moe_offload.cli.options import MODEL, given, load_options, sampling_options
+from moe_offload.cli.options import MODEL, TEXT, given, load_options, sampling_options
+from moe_offload.cli.user_text import piped_text
 from moe_offload.errors import ConfigError
 
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("-p", "--prompt", metavar="TEXT", help="What to answer or complete; by default what is piped in.")
-@click.option("--system", metavar="TEXT", help="System prompt: how the model should behave.")
+@click.option("-p", "--prompt", type=TEXT, help="What to answer or complete; by default what is piped in.")
+@click.option("--system", type=TEXT, help="System prompt: how the model should behave.")
 @click.option(
     "--chat-template/--raw",
     default=None,
@@ -110,7 +111,7 @@ def _write(text: str) -> None:
 def _piped_prompt() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError('Nothing to answer: give a prompt with -p "...", or pipe one in.')
-    prompt = sys.stdin.read()
+    prompt = piped_text()
     if not prompt.strip():
         raise click.UsageError('The input is empty: pipe a prompt in, or give one with -p "...".')
     return prompt

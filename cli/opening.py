@@ -16,6 +16,7 @@ from moe_offload.cli.lazy_group import is_debug
 from moe_offload.cli.progress import TerminalProgress
 from moe_offload.cli.report import format_seconds
 from moe_offload.cli.sampling import Sampling
+from moe_offload.errors import ConfigError
 
 if TYPE_CHECKING:
     from moe_offload.offload.model import OffloadedModel
@@ -51,17 +52,30 @@ def open_model(name: str | None, load: Mapping[str, Any], console: Console) -> I
             _silence_transformers()
         try:
             if name is None:
-                from moe_offload.offload.demo.build import DEMO_RAM, ensure_demo
+                from moe_offload.offload.demo.build import demo_budget, ensure_demo
 
                 path, name = str(ensure_demo(progress)), "the built-in demo"
-                load = {"ram": DEMO_RAM, **load}
+                load = demo_budget(load.get("device", "auto")) | dict(load)
             else:
                 path = name
+            _refuse_other_formats(path, load)
             model = OffloadedModel.from_pretrained(path, on_progress=progress, on_plan=show_plan, **load)
         finally:
             progress.abandon()
         with model:
             yield OpenedModel(model, name, time.monotonic() - started_s)
+
+
+def _refuse_other_formats(path: str, load: Mapping[str, Any]) -> None:
+    """A pack is in the formats that it was made in: to ask for others would change nothing."""
+    from moe_offload.offload.pack.manifest import is_pack
+
+    given = [option for option in ("format", "dense_format", "revision") if option in load]
+    if given and is_pack(path):
+        options = " and ".join(f"--{option.replace('_', '-')}" for option in given)
+        raise ConfigError(
+            f"{path} is a pack already, which {options} cannot change; leave out {options}, or name the checkpoint"
+        )
 
 
 def banner(opened: OpenedModel, sampling: Sampling) -> Text:

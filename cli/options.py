@@ -11,11 +11,12 @@ import click
 from click.core import ParameterSource
 
 from moe_offload.cli import choices
-from moe_offload.cli.param_types import DeviceType, ModelType, PrefetchType, SizeType
+from moe_offload.cli.param_types import DeviceType, ModelType, PrefetchType, SizeType, TextType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL = ModelType()
+TEXT = TextType()
 
 
 def format_options(command: Command) -> Command:
@@ -107,5 +108,5 @@ _SAMPLING_OPTIONS: list[Callable[[Any], Any]] = [
         "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest tokens of this share."
     ),
     click.option("--top-k", type=click.IntRange(min=1), help="Draw from this many of the likeliest tokens."),
-    click.option("--seed", type=click.IntRange(min=0), help="Draw the same tokens each time."),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Draw the same tokens each time."),
 ]

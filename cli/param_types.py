@@ -6,6 +6,7 @@
 import click
 from click.shell_completion import CompletionItem
 
+from moe_offload.cli.user_text import mended
 from moe_offload.errors import ConfigError
 
 
@@ -16,6 +17,15 @@ class ModelType(click.ParamType):  # type: ignore[type-arg]
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type="dir")]
+
+
+class TextType(click.ParamType):  # type: ignore[type-arg]
+    """A text for the model."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return mended(value)
 
 
 class SizeType(click.ParamType):  # type: ignore[type-arg]

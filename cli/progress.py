@@ -7,8 +7,10 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -36,15 +38,11 @@ class TerminalProgress:
             of = f" ({format_size(total_bytes)})" if total_bytes else ""
             self._console.print(f"{label}{of} ...")
             return
+        columns: list[ProgressColumn] = [TimeElapsedColumn()]
+        if total_bytes is not None:
+            columns = [BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn()]
         self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
+            SpinnerColumn(), TextColumn("{task.description}"), *columns, console=self._console, transient=True
         )
         self._bar.start()
         self._bar.add_task(label, total=total_bytes)
@@ -63,7 +61,7 @@ class TerminalProgress:
             self._bar.stop()
             self._bar = None
         took_s = time.monotonic() - self._started_s
-        rate = f", {format_size(int(self._done_bytes / took_s))}/s" if took_s > 1 else ""
+        rate = f", {format_size(int(self._done_bytes / took_s))}/s" if self._done_bytes and took_s > 1 else ""
         done = f"{format_size(self._done_bytes)} in " if self._done_bytes else ""
         self._console.print(f"{self._label}: {done}{format_seconds(took_s)}{rate}", style="dim", highlight=False)
         self._label = ""

@@ -25,16 +25,18 @@ def report_line(run: Run, *, max_new_tokens: int | None = None) -> str:
 
 def totals(stats: Run) -> list[tuple[str, str]]:
     """Names and values of a session's figures, for /stats."""
+    copied = f", {format_size(stats.bytes_copied)} copied to the GPU" if stats.bytes_copied else ""
     return [
         ("tokens", f"{stats.prompt_tokens} read, {stats.new_tokens} written"),
         ("speed", f"{stats.tokens_per_s:.1f} tok/s over {format_seconds(stats.decode_s)} of decoding"),
         ("experts", f"{stats.hits + stats.misses} asked for, {_hits(stats)} found in memory"),
-        ("read", format_size(stats.bytes_read)),
+        ("read", f"{format_size(stats.bytes_read)} from the disk{copied}"),
         ("stalled", format_seconds(stats.stall_s)),
         (
             "prefetched",
             f"{stats.prefetch_issued} experts, {stats.prefetch_used} of them used, {stats.prefetch_wasted} in vain",
         ),
+        ("foreseen", f"{stats.prefetch_recall:.0%} of what was asked for, where it was guessed at"),
     ]
 
 
@@ -55,6 +57,7 @@ def cache_figures(run: Run) -> dict[str, Any]:
         "misses": run.misses,
         "hit_ratio": run.hit_ratio,
         "bytes_read": run.bytes_read,
+        "bytes_copied": run.bytes_copied,
         "prefetch_issued": run.prefetch_issued,
         "prefetch_used": run.prefetch_used,
         "prefetch_wasted": run.prefetch_wasted,

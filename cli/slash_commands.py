@@ -1,5 +1,6 @@
 """The commands inside a chat."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def _save(session: "ChatSession", rest: str, force: bool) -> None:
     if not rest:
         session.notes.print(Text("Say where: /save FILE.md or /save FILE.json", style="yellow"))
         return
-    path = Path(rest).expanduser()
+    path = Path(os.path.expanduser(rest))  # Path's own raises RuntimeError where there is no such user
     turns = ([Turn("system", session.system)] if session.system else []) + session.turns
     try:
         replaced = write_transcript(path, turns, model=session.model_name, overwrite=force)
