@@ -1,16 +1,19 @@
 """Fails if a wheel would install anything outside ``moe_offload/`` or lacks one of its packages."""
 
 import sys
+import tomllib
 import zipfile
+from pathlib import Path
 
-PACKAGES = ("", "cache/", "cli/", "offload/", "offload/pack/", "quant/")
+CONFIG = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def main(path: str) -> None:
+    packages = tomllib.loads(CONFIG.read_text())["tool"]["setuptools"]["packages"]
     with zipfile.ZipFile(path) as wheel:
         names = wheel.namelist()
     outside = [n for n in names if not n.startswith("moe_offload/") and ".dist-info/" not in n]
-    missing = [p for p in PACKAGES if f"moe_offload/{p}__init__.py" not in names]
+    missing = [p for p in packages if f"{p.replace('.', '/')}/__init__.py" not in names]
     if outside or missing or "moe_offload/py.typed" not in names:
         sys.exit(f"{path}: outside moe_offload/: {outside}; packages missing: {missing}")
     print(f"{path}: {len(names)} files, all inside moe_offload/")
