@@ -48,17 +48,20 @@ def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _track_phase(model: nn.Module, step: StepState) -> None:
+def _track_phase(model: Any, step: StepState) -> None:
     """Tell the experts whether a forward pass is a prompt: more tokens of a sequence than drafts would bring."""
     longest_draft_tokens = 16
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-        decoder_ids = kwargs.get("decoder_input_ids")
-        ids = ids if decoder_ids is None or kwargs.get("encoder_outputs") is None else decoder_ids
-        step.prefill = isinstance(ids, torch.Tensor) and ids.dim() > 1 and ids.shape[1] > longest_draft_tokens
+        names = ("input_ids", "inputs_embeds")
+        if kwargs.get("encoder_outputs") is not None:  # the source has been read: only the decoder runs
+            names, args = ("decoder_input_ids", "decoder_inputs_embeds"), ()
+        tokens = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
+        step.prefill = isinstance(tokens, torch.Tensor) and tokens.dim() > 1 and tokens.shape[1] > longest_draft_tokens
 
     model.register_forward_pre_hook(before, with_kwargs=True)
+    if model.config.is_encoder_decoder:  # `generate` runs the encoder by itself
+        model.get_encoder().register_forward_pre_hook(before, with_kwargs=True)
 
 
 def load_model(

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -31,23 +30,38 @@ class StoppedError(Exception):
     """Leaves a prompt in the middle because its generation was stopped; caught where the generation was begun."""
 
 
-@dataclass
-class StepState:
-    """What the layers of a model share during a forward pass."""
+class _Pass(threading.local):
+    """What is true of the forward pass that a thread is in."""
 
-    prefill: bool = False
-    predictor: Predictor | None = None
-    closed: bool = False
-    _thread: threading.local = field(default_factory=threading.local)
+    prefill = False
+    stopped: threading.Event | None = None
+
+
+class StepState:
+    """What the layers of a model share during a forward pass; each thread has a pass of its own."""
+
+    def __init__(self) -> None:
+        self.predictor: Predictor | None = None
+        self.closed = False
+        self._pass = _Pass()
+
+    @property
+    def prefill(self) -> bool:
+        """Whether this thread's pass is a prompt."""
+        return self._pass.prefill
+
+    @prefill.setter
+    def prefill(self, prefill: bool) -> None:
+        self._pass.prefill = prefill
 
     @contextmanager
     def stoppable(self, stopped: threading.Event) -> Iterator[None]:
         """Let ``stopped`` end the prompts that this thread runs, at the next layer."""
-        self._thread.stopped = stopped
+        self._pass.stopped = stopped
         try:
             yield
         finally:
-            self._thread.stopped = None
+            self._pass.stopped = None
 
     def check_stopped(self) -> None:
         """`StoppedError` if this thread is at a prompt and was stopped; a decode step is short and ends by itself.
@@ -56,7 +70,7 @@ class StepState:
         """
         if self.closed:
             raise ConfigError("the model is closed: its experts are gone; load it again")
-        stopped = getattr(self._thread, "stopped", None)
+        stopped = self._pass.stopped
         if self.prefill and stopped is not None and stopped.is_set():
             raise StoppedError
 

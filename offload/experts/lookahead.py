@@ -133,7 +133,8 @@ class Lookahead:
 
     def _residual_recorder(self, site: _RouterSite) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            site.residual = args[0] if self.depth and args else None
+            is_step = self.depth and args and args[0].shape[:-1].numel() <= MAX_PREDICTED_ROWS
+            site.residual = args[0] if is_step else None  # a prompt's would stay in memory, one in each layer
 
         return record
 
@@ -153,14 +154,11 @@ class Lookahead:
         site = self._sites.get(layer_idx)
         if not self.depth or site is None or site.residual is None:
             return
-        residual = site.residual
-        if residual.shape[:-1].numel() > MAX_PREDICTED_ROWS:
-            return
         for ahead in range(1, self.depth + 1):
             target = self._sites.get(layer_idx + ahead)
             if target is None or not target.is_known or layer_idx + ahead in self._predicted:
                 continue
-            index = target.predict(residual)
+            index = target.predict(site.residual)
             if index is None:
                 continue
             chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < target.num_experts]

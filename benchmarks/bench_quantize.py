@@ -1,13 +1,13 @@
 """How fast weights are packed and unpacked, beside bitsandbytes' quantize_4bit on the same machine.
 
-python benchmarks/quantize.py [--formats nf4,int4]
+python benchmarks/bench_quantize.py [--formats nf4,int4]
 """
 
 import argparse
 
 import bitsandbytes.functional as bnb
 import torch
-from rates import FORMATS, SHAPES, machine, print_table, seconds
+from kernel_timing import FORMATS, SHAPES, machine, print_table, seconds
 from torch import Tensor
 
 from moe_offload.quant import get_format

@@ -1,6 +1,6 @@
 """Products with packed weights, beside the bandwidth of plain reading measured in the same run.
 
-    python benchmarks/linear.py [--formats nf4,int4] [--tokens 1,4,64]
+    python benchmarks/bench_linear.py [--formats nf4,int4] [--tokens 1,4,64]
 
 Weights are cycled through more copies than caches hold. A product with few rows is judged by the packed bytes it reads
 a second; one with many rows by F.linear in bf16 on the dequantised weight.
@@ -9,7 +9,7 @@ a second; one with many rows by F.linear in bf16 on the dequantised weight.
 import argparse
 
 import torch
-from rates import FORMATS, SHAPES, copies, machine, print_table, read_bytes_per_s, seconds
+from kernel_timing import FORMATS, SHAPES, copies, machine, print_table, read_bytes_per_s, seconds
 from torch import Tensor
 from torch.nn import functional as F
 
