@@ -272,7 +272,7 @@ def test_what_the_hub_refuses_is_said_with_a_remedy(hub, client, repo, checkpoin
         ("tiny/lacking", {}, ["tiny/lacking lacks 1 of", names[3]]),
         ("tiny/no-config", {}, ["tiny/no-config has no config.json"]),
         ("broken/server", {}, ["broken/server could not be downloaded", "run the same command again"]),
-        ("tiny/never-seen", {"offline": True}, ["tiny/never-seen is not here", "HF_HUB_OFFLINE"]),
+        ("tiny/never-seen", {"offline": True}, ["there is no folder tiny/never-seen", "HF_HUB_OFFLINE"]),
         ("no/such/folder", {}, ["neither a folder nor a hub id"]),
     ]
     for model, arguments, texts in cases:
@@ -286,4 +286,4 @@ def test_what_the_hub_refuses_is_said_with_a_remedy(hub, client, repo, checkpoin
 def test_a_hub_that_is_gone_is_said(client, tmp_path):
     answer = client.pack("tiny/mixtral", home=tmp_path, endpoint="http://127.0.0.1:9")
     assert answer["error"] == "SourceError"
-    assert "the hub cannot be reached" in answer["text"]
+    assert "no folder is called 'tiny/mixtral', and the hub cannot be reached" in answer["text"]

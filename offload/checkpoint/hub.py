@@ -60,7 +60,10 @@ def _asking(name: str, revision: str | None, ask: Callable[[], _Result]) -> _Res
         if isinstance(error.__cause__, OfflineModeIsEnabled):
             raise _offline(at) from error
         if isinstance(error, LocalEntryNotFoundError):
-            raise SourceError(f"{at} is not here and the hub cannot be reached; check the connection") from error
+            raise SourceError(
+                f"no folder is called {name!r}, and the hub cannot be reached to ask for {at}; check the spelling and the "
+                "connection"
+            ) from error
         raise SourceError(f"{at} lacks a file: {_first_line(error)}") from error
     except HFValidationError as error:
         raise SourceError(f"{name!r} is neither a folder nor a hub id: {error}") from error
@@ -72,7 +75,10 @@ def _asking(name: str, revision: str | None, ask: Callable[[], _Result]) -> _Res
 
 
 def _offline(at: str) -> SourceError:
-    return SourceError(f"{at} is not here, and HF_HUB_OFFLINE forbids to ask the hub; unset it, or give a folder")
+    return SourceError(
+        f"there is no folder {at}, it is not in the hub cache, and HF_HUB_OFFLINE forbids to ask the hub; check the "
+        "spelling, or unset it"
+    )
 
 
 def _first_line(error: BaseException) -> str:
