@@ -152,6 +152,7 @@ class OffloadedModel:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         torch_dtype = _dtype(dtype, config)
+        tokenizer = _tokenizer(folder)
         dense = DenseWeights(folder, manifest)
         try:
             top_k = experts_per_token(config.get_text_config(decoder=True))
@@ -187,7 +188,7 @@ class OffloadedModel:
                 raise
         finally:
             dense.close()
-        return cls(loaded, _tokenizer(folder), plan, manifest, prefetch=prefetch, top_k=top_k)
+        return cls(loaded, tokenizer, plan, manifest, prefetch=prefetch, top_k=top_k)
 
     # -- text --
 

@@ -4,9 +4,11 @@ A step at one layer asks for its experts once. All misses are issued together; t
 then each arriving one. What finds no slot goes through staging slots, which no policy knows and nothing else uses.
 """
 
+import _thread
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +46,10 @@ class Residency:
             self._free_staging.put(-1 - index)
         self._interrupted = False
         self.stall_s = 0.0
+        # Who forgets to close leaves no threads and files behind. By a thread: garbage is collected in the middle of
+        # anything, perhaps under the very locks that closing takes. The lowest way to start one takes none.
+        self._forgotten = weakref.finalize(self, _thread.start_new_thread, tier.close, ())
+        self._forgotten.atexit = False
 
     @property
     def bytes_read(self) -> int:
@@ -280,5 +286,6 @@ class Residency:
             self.cache.recover(set(self._loads))
 
     def close(self) -> None:
-        """Stop all transfers and free the slots."""
+        """Stop all transfers and free the slots. May be called twice; what is only dropped closes itself, later."""
+        self._forgotten.detach()
         self._tier.close()
