@@ -98,6 +98,7 @@ def load_model(
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if missing:
         raise PackCorruptError(f"the pack lacks {len(missing)} dense weights, first {missing[0]}; {REPACK}")
+    model.requires_grad_(False)  # slots are overwritten: what a backward pass would find in them is not what ran
     model.save_pretrained = model.push_to_hub = _refuse_saving
     _track_phase(model, step)
     return LoadedModel(model, residency, step)

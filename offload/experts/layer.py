@@ -115,6 +115,11 @@ class ExpertLayer:
         An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
         whatever order the experts' weights arrive in.
         """
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "an offloaded model cannot be trained: its experts are overwritten before a backward pass would read "
+                "them; run it in torch.no_grad(), or train the model with transformers itself"
+            )
         num_tokens, top_k = top_k_index.shape
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
         if num_tokens <= chunk_tokens:
