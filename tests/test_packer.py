@@ -410,6 +410,15 @@ def test_the_home_of_nobody_is_no_folder():
         pack_model("~nobody-of-that-name/model")
 
 
+@pytest.mark.parametrize("family", ["switch_transformers", "deepseek_v4", "jamba"])
+def test_progress_adds_up_where_weights_are_tied_or_kept_in_buffers(tmp_path, family):
+    save_random_model(make_config(family), tmp_path / "checkpoint", torch.bfloat16)
+    progress = Events()
+    pack_model(str(tmp_path / "checkpoint"), tmp_path / "pack", progress=progress)
+    (_, total_bytes), *advances, _ = progress.events
+    assert sum(num_bytes for _, num_bytes in advances) == total_bytes
+
+
 def test_progress_adds_up_after_an_interrupt(checkpoint, tmp_path, monkeypatch):
     write_layer = packer._write_layer
 

@@ -4,7 +4,7 @@ Peak memory is one or two experts unquantised (fewer than `WINDOW_BYTES` if two 
 Shards are gone through in order and given up one by one, so that a checkpoint on a hub never lies here as a whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +144,21 @@ def _write_layer(
                 progress.advance(expert_bytes)
 
 
+def _dense_bytes(plan: ConversionPlan, indices: Iterable[int]) -> int:
+    """Bytes of dense parameters, unquantised."""
+    state = plan.skeleton.model.state_dict()
+    targets = {target for index in indices for target in plan.dense[index].targets()}
+    num_weights = sum(state[target].numel() for target in targets if target in state)
+    return num_weights * int(plan.skeleton.model.dtype.itemsize)
+
+
 def _write_dense(
     plan: ConversionPlan, shard: int, indices: list[int], dense_format: str, writer: PackWriter, progress: ProgressSink
 ) -> None:
     """The dense parameters whose last piece lies in ``shard``, streamed into one file."""
     name = f"dense-{shard:05d}.safetensors"
     if name in writer.done_dense():
-        state = plan.skeleton.model.state_dict()
-        num_weights = sum(state[plan.dense[index].target].numel() for index in indices)
-        progress.advance(num_weights * int(plan.skeleton.model.dtype.itemsize))
+        progress.advance(_dense_bytes(plan, indices))
         return
 
     def tensors() -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
@@ -227,9 +233,8 @@ def plan_packing(source: CheckpointSource) -> ConversionPlan:
 
 def _total_bytes(plan: ConversionPlan, source: CheckpointSource) -> int:
     """For the progress bar: bytes to download, and of the model unquantised, from its shapes."""
-    model = plan.skeleton.model
-    num_weights: int = sum(param.numel() for param in model.parameters())
-    return num_weights * int(model.dtype.itemsize) + source.shards.download_bytes
+    expert_bytes = sum(_expert_bytes(plan, i) * container.num_experts for i, container in enumerate(plan.containers))
+    return _dense_bytes(plan, range(len(plan.dense))) + expert_bytes + source.shards.download_bytes
 
 
 def pack_model(
