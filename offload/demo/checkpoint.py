@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
+from moe_offload.errors import DiskFullError
 from moe_offload.offload.demo.corpus import CONVERSATIONS
 from moe_offload.offload.demo.router import fit_router
 from moe_offload.offload.demo.source import DemoSource
@@ -153,7 +155,13 @@ def _write_shards(
     try:
         for idx, shard in enumerate(shards, start=1):
             file = f"model-{idx:05d}-of-{num_shards:05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
+            try:
+                save_file(shard, folder / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # what safetensors makes of every OSError
+                raise DiskFullError(
+                    f"cannot write {folder / file}: {error}; "
+                    "make room or set MOE_OFFLOAD_HOME to a folder on another disk"
+                ) from error
             weight_map |= dict.fromkeys(shard, file)
             progress.advance(sum(tensor.nbytes for tensor in shard.values()))
     finally:
