@@ -49,7 +49,7 @@ def open_model(name: str | None, load: Mapping[str, Any], console: Console) -> I
         with console.status("Starting", spinner="dots"):
             from moe_offload.offload.model import OffloadedModel
 
-            _silence_transformers()
+            silence_transformers()
         try:
             if name is None:
                 from moe_offload.offload.demo.build import demo_budget, ensure_demo
@@ -133,7 +133,8 @@ def quiet_libraries(console: Console) -> Iterator[None]:
         yield
 
 
-def _silence_transformers() -> None:
+def silence_transformers() -> None:
+    """Keep its messages to those who debug; called when it was imported."""
     if "transformers" in sys.modules and not is_debug():
         from transformers.utils import logging
 

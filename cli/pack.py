@@ -26,7 +26,7 @@ def pack(model: str, output: Path | None, **formats: Any) -> None:
     """
 
     from moe_offload.cli.consoles import notes_console
-    from moe_offload.cli.opening import quiet_libraries
+    from moe_offload.cli.opening import quiet_libraries, silence_transformers
     from moe_offload.cli.progress import TerminalProgress
     from moe_offload.offload.planning.sizes import format_size
 
@@ -36,6 +36,8 @@ def pack(model: str, output: Path | None, **formats: Any) -> None:
         with console.status("Starting"):
             from moe_offload.offload.pack.manifest import read_manifest
             from moe_offload.offload.pack.packer import pack_model
+
+            silence_transformers()
         try:
             folder = pack_model(model, output, progress=progress, **formats)
         finally:

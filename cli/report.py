@@ -26,6 +26,7 @@ def report_line(run: Run, *, max_new_tokens: int | None = None) -> str:
 def totals(stats: Run) -> list[tuple[str, str]]:
     """Names and values of a session's figures, for /stats."""
     copied = f", {format_size(stats.bytes_copied)} copied to the GPU" if stats.bytes_copied else ""
+    foreseen = f"; {stats.prefetch_recall:.0%} of what was asked for was foreseen" if stats.prefetch_recall else ""
     return [
         ("tokens", f"{stats.prompt_tokens} read, {stats.new_tokens} written"),
         ("speed", f"{stats.tokens_per_s:.1f} tok/s over {format_seconds(stats.decode_s)} of decoding"),
@@ -34,9 +35,9 @@ def totals(stats: Run) -> list[tuple[str, str]]:
         ("stalled", format_seconds(stats.stall_s)),
         (
             "prefetched",
-            f"{stats.prefetch_issued} experts, {stats.prefetch_used} of them used, {stats.prefetch_wasted} in vain",
+            f"{stats.prefetch_issued} experts, {stats.prefetch_used} of them used, {stats.prefetch_wasted} in vain"
+            f"{foreseen}",
         ),
-        ("foreseen", f"{stats.prefetch_recall:.0%} of what was asked for, where it was guessed at"),
     ]
 
 

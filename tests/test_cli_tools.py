@@ -7,6 +7,7 @@ import types
 import cli_fake
 import pytest
 from click.testing import CliRunner
+from transformers.utils import logging
 
 from moe_offload.cli.checkup import sentences
 from moe_offload.cli.main import cli
@@ -48,6 +49,12 @@ def test_pack_tells_where_the_pack_is(packed, tmp_path):
     assert result.stdout == f"{tmp_path / 'out'}\n"
     assert "packing (2.0 MiB) ...\npacking: 2.0 MiB in " in result.stderr
     assert "experts 4.0 MiB in nf4, the rest 1.0 MiB in source" in result.stderr
+
+
+def test_pack_keeps_the_libraries_quiet(packed):
+    logging.set_verbosity_info()
+    assert CliRunner().invoke(cli, ["pack", "some/model"]).exit_code == 0
+    assert logging.get_verbosity() == logging.ERROR
 
 
 def test_pack_without_output_uses_the_cache_folder(packed, tmp_path):
