@@ -148,7 +148,7 @@ def _dense_bytes(plan: ConversionPlan, indices: Iterable[int]) -> int:
     """Bytes of dense parameters, unquantised."""
     state = plan.skeleton.model.state_dict()
     targets = {target for index in indices for target in plan.dense[index].targets()}
-    num_weights = sum(state[target].numel() for target in targets if target in state)
+    num_weights: int = sum(state[target].numel() for target in targets if target in state)
     return num_weights * int(plan.skeleton.model.dtype.itemsize)
 
 
