@@ -19,6 +19,9 @@ _FEW_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 64}
 # Plain torch holds several intermediates for each weight of a tile.
 _REFERENCE_TILE_WEIGHTS = 1 << 18
 
+# By format and shape: a model has few, and a decode step asks for one with every product.
+_layouts: dict[tuple[str, tuple[int, ...]], PackedLayout] = {}
+
 
 @dataclass(frozen=True)
 class BlockedFormat(ABC):
@@ -43,8 +46,8 @@ class BlockedFormat(ABC):
     def bits_per_weight(self) -> float: ...
 
     @abstractmethod
-    def layout(self, shape: tuple[int, ...]) -> PackedLayout:
-        """Where codes and scales go; raises FormatError for a shape that the format cannot hold."""
+    def _make_layout(self, shape: tuple[int, ...]) -> PackedLayout:
+        """See `layout`."""
 
     @abstractmethod
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +56,13 @@ class BlockedFormat(ABC):
     @abstractmethod
     def codes_to_float(self, codes: Tensor) -> Tensor:
         """Plain torch: code bytes [n, row_bytes] -> what the codes stand for, fp32 [n, >= K]."""
+
+    def layout(self, shape: tuple[int, ...]) -> PackedLayout:
+        """Where codes and scales go; raises FormatError for a shape that the format cannot hold."""
+        layout = _layouts.get((self.spec, shape))
+        if layout is None:
+            layout = _layouts[self.spec, shape] = self._make_layout(shape)
+        return layout
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         return self.layout(shape).total_bytes

@@ -30,7 +30,7 @@ class Int8Format(BlockedFormat):
     def bits_per_weight(self) -> float:
         return 8 + 16 / self.group_size
 
-    def layout(self, shape: tuple[int, ...]) -> PackedLayout:
+    def _make_layout(self, shape: tuple[int, ...]) -> PackedLayout:
         num_rows, num_cols = matrix_shape(shape, self.spec)
         row_bytes = ceil_div(num_cols, self.group_size) * self.group_size
         return PackedLayout(num_rows, num_cols, row_bytes, 1, self.group_size, torch.float16)
@@ -63,7 +63,7 @@ class Fp8Format(BlockedFormat):
     def bits_per_weight(self) -> float:
         return 8 + 32 / (self.block_rows * self.block_cols)
 
-    def layout(self, shape: tuple[int, ...]) -> PackedLayout:
+    def _make_layout(self, shape: tuple[int, ...]) -> PackedLayout:
         num_rows, num_cols = matrix_shape(shape, self.spec)
         return PackedLayout(num_rows, num_cols, num_cols, self.block_rows, self.block_cols, torch.float32)
 

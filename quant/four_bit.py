@@ -54,7 +54,7 @@ class FourBitFormat(BlockedFormat):
     def bits_per_weight(self) -> float:
         return 4 + 8 * self.scale_dtype.itemsize / self.group_size
 
-    def layout(self, shape: tuple[int, ...]) -> PackedLayout:
+    def _make_layout(self, shape: tuple[int, ...]) -> PackedLayout:
         num_rows, num_cols = matrix_shape(shape, self.spec)
         if not self.pads_rows and num_cols % self.group_size:
             raise FormatError(

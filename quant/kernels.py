@@ -102,7 +102,7 @@ def backend_name() -> str:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether kernels were built and can take these tensors."""
-    return _chosen() != _TORCH and all(tensor.device.type == "cpu" for tensor in tensors)
+    return _chosen() != _TORCH and all(tensor.is_cpu for tensor in tensors)
 
 
 def _call() -> tuple[ctypes.CDLL, int]:
