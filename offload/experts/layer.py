@@ -122,57 +122,74 @@ class ExpertLayer:
             )
         num_tokens, top_k = top_k_index.shape
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
+        if num_tokens == 1:
+            return self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn)
         if num_tokens <= chunk_tokens:
-            return self._routed(hidden_states, top_k_index, top_k_weights, expert_fn)
+            return self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn)
         chunks = [torch.split(tensor, chunk_tokens) for tensor in (hidden_states, top_k_index, top_k_weights)]
         return torch.cat(
-            [self._routed(x, index, weights, expert_fn) for x, index, weights in zip(*chunks, strict=True)]
+            [self._routed_tokens(x, index, weights, expert_fn) for x, index, weights in zip(*chunks, strict=True)]
         )
 
-    def _routed(
+    # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
+
+    def _routed_token(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
     ) -> torch.Tensor:
-        # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
+        """A decode step: so few pairs that tensors to sort and gather them would cost more than they hold."""
+        index, weights = _values(top_k_index[0], top_k_weights[0])
+        weight_of = {e: weight for e, weight in zip(index, weights, strict=True) if e < self.num_experts}
+        outputs: dict[int, torch.Tensor] = {}
+
+        def compute(expert_idx: int, weights: ExpertWeights) -> None:
+            outputs[expert_idx] = expert_fn(weights, hidden_states)
+
+        self.for_each_expert(list(weight_of), compute, weights=list(weight_of.values()))
+        if not outputs:
+            return torch.zeros_like(hidden_states)
+        is_partial = max(index) >= self.num_experts
+        if is_partial:
+            nothing = torch.zeros_like(next(iter(outputs.values())))
+            outputs |= {expert_idx: nothing for expert_idx in index if expert_idx >= self.num_experts}
+        pairs = torch.cat([outputs[expert_idx] for expert_idx in index])
+        return self._sum(pairs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
+
+    def _routed_tokens(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
+    ) -> torch.Tensor:
         num_tokens, top_k = top_k_index.shape
-        pairs_of, scores = self._assign(top_k_index, top_k_weights)
-        outputs: torch.Tensor | None = None
+        pairs_of, weights = self._assign(top_k_index, top_k_weights)
         is_partial = sum(map(len, pairs_of.values())) < num_tokens * top_k
+        outputs: torch.Tensor | None = None
 
         def compute(expert_idx: int, weights: ExpertWeights) -> None:
             nonlocal outputs
             pairs = pairs_of[expert_idx]
-            rows = hidden_states[pairs // top_k] if isinstance(pairs, torch.Tensor) else hidden_states
-            result = expert_fn(weights, rows)
+            result = expert_fn(weights, hidden_states[pairs // top_k])
             if outputs is None:
                 shape = (num_tokens * top_k, result.shape[-1])
                 outputs = result.new_zeros(shape) if is_partial else result.new_empty(shape)
-            if isinstance(pairs, torch.Tensor):
-                outputs[pairs] = result
-            else:
-                for pair in pairs:  # a list as index would be copied to the device, and that waited for
-                    outputs[pair] = result[0]
+            outputs[pairs] = result
 
-        self.for_each_expert(list(pairs_of), compute, weights=scores)
+        self.for_each_expert(list(pairs_of), compute, weights=weights)
         if outputs is None:
             return torch.zeros_like(hidden_states)
-        routed = outputs.view(num_tokens, top_k, -1).float()
-        top_k_weights = top_k_weights.float()
+        return self._sum(outputs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
+
+    def _sum(
+        self, pairs: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, is_partial: bool
+    ) -> torch.Tensor:
+        """The experts' outputs ``[T * K, H]`` to ``[T, H]`` in fp32; ``is_partial``: some stand for no expert."""
+        routed = pairs.view(*top_k_index.shape, -1).float()
+        weights = top_k_weights.float()
         if is_partial:
-            top_k_weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0.0)
-        return torch.bmm(top_k_weights.unsqueeze(1), routed).squeeze(1).to(hidden_states.dtype)
+            weights = weights.masked_fill(top_k_index >= self.num_experts, 0.0)
+        return torch.bmm(weights.unsqueeze(1), routed).squeeze(1)
 
     def _assign(
         self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> tuple[dict[int, list[int] | torch.Tensor], list[float]]:
+    ) -> tuple[dict[int, torch.Tensor], list[float]]:
         """Expert -> its pairs ``t * K + k``, the experts with the largest weights first, and those summed weights."""
-        if top_k_index.shape[0] == 1:  # a decode step: few pairs, and tensors would cost more than they hold
-            pairs_of: dict[int, list[int] | torch.Tensor] = {}
-            index, weights = _values(top_k_index[0], top_k_weights[0])
-            for pair, expert_idx in enumerate(index):
-                if expert_idx < self.num_experts:
-                    pairs_of.setdefault(expert_idx, []).append(pair)  # type: ignore[union-attr]
-            by_expert = dict(zip(index, weights, strict=True))
-            return pairs_of, [by_expert[expert_idx] for expert_idx in pairs_of]
         # Sorted and searched, not counted: bincount would wait for the device, and sum in no fixed order there.
         sorted_index, order = torch.sort(top_k_index.reshape(-1), stable=True)
         experts = torch.arange(self.num_experts, device=order.device, dtype=sorted_index.dtype)
