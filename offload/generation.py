@@ -19,19 +19,21 @@ from moe_offload.offload.reports import RunReport
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
-    """Called after every token: notes the time, and stops when it is told to."""
+    """Called after every token: notes the time and the tokens so far, and stops when it is told to."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
         self.begin_s = time.perf_counter()
         self.first_s = self.last_s = self.begin_s
         self.num_tokens = 0
+        self.ids = torch.empty(1, 0, dtype=torch.long)
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.last_s = time.perf_counter()
         if self.num_tokens == 0:
             self.first_s = self.last_s
         self.num_tokens += 1
+        self.ids = input_ids
         return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device)
 
 
@@ -225,13 +227,13 @@ class Generator:
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([clock]),
                 )
-            return output[0] if self._model.config.is_encoder_decoder else output[0, prompt_tokens:]
-        except StoppedError:  # in the prompt, before there was a token
+        except StoppedError:  # in the prompt; or later, where a model without a cache is at all of its text again
             if streamer is not None:
                 streamer.end()
-            return torch.empty(0, dtype=torch.long)
+            output = clock.ids
         finally:
             self._report(clock, prompt_tokens, earlier)
+        return output[0] if self._model.config.is_encoder_decoder else output[0, prompt_tokens:]
 
     def _config(self, prompt_tokens: int, sampling: dict[str, Any]) -> GenerationConfig:
         room_tokens = self._context_tokens - prompt_tokens

@@ -102,3 +102,24 @@ def test_gradients_are_refused(model: OffloadedModel) -> None:
         model.model(inputs_embeds=embeddings)
     with torch.no_grad():
         model.model(inputs_embeds=embeddings)
+
+
+def test_a_stop_without_a_key_value_cache(model: OffloadedModel) -> None:
+    """Every step is then at all of the text, as a prompt is: a stop in the middle of one keeps the tokens before."""
+    model.model.generation_config.use_cache = False
+    prompt = " ".join(["w9 w44"] * 10)
+    num_steps = 0
+
+    def stop(*_: Any) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 4:
+            model.stop()
+
+    hook = model.model.model.layers[1].register_forward_pre_hook(stop)
+    answer = model.generate(prompt, max_new_tokens=20)
+    hook.remove()
+    assert len(answer.split()) == 3
+    num_steps = 10
+    assert model.generate(prompt, max_new_tokens=3) == answer
+    check_health(model)
