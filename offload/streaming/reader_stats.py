@@ -4,7 +4,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,15 @@ class ReaderCounters:
     def __init__(self) -> None:
         """All zero."""
         self._lock = threading.Lock()
-        self._totals = ReaderStats()
+        self._totals: dict[str, Any] = asdict(ReaderStats())
         self._reading = 0
         self._since_s = 0.0
 
     def add(self, **counts: int) -> None:
         """Add to the fields named."""
         with self._lock:
-            totals = self._totals
-            self._totals = replace(totals, **{name: getattr(totals, name) + count for name, count in counts.items()})
+            for name, count in counts.items():
+                self._totals[name] += count
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -49,12 +50,13 @@ class ReaderCounters:
             with self._lock:
                 self._reading -= 1
                 if not self._reading:
-                    self._totals = replace(self._totals, read_s=self._read_s())
+                    self._totals["read_s"] = self._read_s()
 
     def snapshot(self) -> ReaderStats:
         """Totals so far."""
         with self._lock:
-            return replace(self._totals, read_s=self._read_s()) if self._reading else self._totals
+            read_s = self._read_s() if self._reading else self._totals["read_s"]
+            return ReaderStats(**(self._totals | {"read_s": read_s}))
 
     def _read_s(self) -> float:
-        return self._totals.read_s + time.perf_counter() - self._since_s
+        return float(self._totals["read_s"]) + time.perf_counter() - self._since_s
