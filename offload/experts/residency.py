@@ -188,10 +188,16 @@ class Residency:
         def done(error: BaseException | None) -> None:
             self._finish(layer_idx, expert_idx, load, error)
 
+        speculative = load.speculative
         try:
-            load.transfer = self._tier.begin(layer_idx, expert_idx, load.slot, speculative=load.speculative, done=done)
+            transfer = self._tier.begin(layer_idx, expert_idx, load.slot, speculative=speculative, done=done)
         except Exception as error:
             done(error)
+            return
+        with self._lock:
+            load.transfer = transfer
+            if speculative and not load.speculative:  # a step came to wait for it while it was begun
+                transfer.promote()
 
     def _finish(self, layer_idx: int, expert_idx: int, load: _Load, error: BaseException | None) -> None:
         if isinstance(error, ReadCancelledError):
