@@ -11,13 +11,14 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 from moe_offload.cache import ExpertCache, policy_names
-from moe_offload.errors import ConfigError
+from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.generation import Generator, Meter
 from moe_offload.offload.loader import LoadedModel, load_model
 from moe_offload.offload.pack.manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
+from moe_offload.offload.pack.outline import PackOutline
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.planning.memory import (
     give_freed_memory_back,
@@ -26,7 +27,7 @@ from moe_offload.offload.planning.memory import (
     vram_budget_bytes,
     vram_memory,
 )
-from moe_offload.offload.planning.plan import Plan, make_plan
+from moe_offload.offload.planning.plan import PackShape, Plan, make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
@@ -135,7 +136,27 @@ class OffloadedModel:
             raise ConfigError(f"context_tokens is {context_tokens}; it must be 1 or more")
         depth = parse_prefetch(prefetch)
         torch_device = _device(device)
-        folder = Path(model).expanduser()
+        folder = _folder(model)
+
+        def plan_for(pack: PackShape, config: Any, dense_bytes: int, torch_dtype: torch.dtype) -> Plan:
+            return make_plan(
+                pack,
+                config,
+                device=torch_device.type,  # type: ignore[arg-type]
+                ram_bytes=ram_budget_bytes(ram, ram_memory()),
+                vram_bytes=_vram_bytes(vram, torch_device),
+                context_tokens=context_tokens,
+                dtype_bytes=torch_dtype.itemsize,
+                top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(pack.layers),
+                prefetch_depth=depth,
+                resident_dense_bytes=dense_bytes,
+            )
+
+        def check_budget(outline: PackOutline) -> None:
+            torch_dtype = _dtype(dtype, outline.config)
+            plain_bytes = outline.num_plain_dense * torch_dtype.itemsize
+            plan_for(outline, outline.config, plain_bytes + outline.packed_dense_bytes, torch_dtype)
+
         if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
             folder = pack_model(
                 str(model),
@@ -145,29 +166,17 @@ class OffloadedModel:
                 revision=revision,
                 token=token,
                 progress=on_progress or NULL_PROGRESS,
+                check=check_budget,
             )
         give_freed_memory_back()
         manifest = read_manifest(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config = _config(folder)
         torch_dtype = _dtype(dtype, config)
         tokenizer = _tokenizer(folder)
         dense = DenseWeights(folder, manifest)
         try:
             top_k = experts_per_token(config.get_text_config(decoder=True))
-            plan = make_plan(
-                manifest,
-                config,
-                device=torch_device.type,  # type: ignore[arg-type]
-                ram_bytes=ram_budget_bytes(ram, ram_memory()),
-                vram_bytes=_vram_bytes(vram, torch_device),
-                context_tokens=context_tokens,
-                dtype_bytes=torch_dtype.itemsize,
-                top_k_per_layer=[top_k] * len(manifest.layers),
-                prefetch_depth=depth,
-                resident_dense_bytes=dense.resident_bytes(torch_dtype),
-            )
+            plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype), torch_dtype)
             if on_plan is not None:
                 on_plan(plan)
             if verify != "off":
@@ -319,6 +328,24 @@ def _sampling(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"temperature": None, "top_p": None, "top_k": None} | arguments
 
 
+def _folder(model: str | PathLike[str]) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(model)!r}: {error}") from error
+
+
+def _config(folder: Path) -> Any:
+    """The config of a pack's model, which is never quantised: its experts are in slots, its dense part is plain."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise PackCorruptError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def _vram_bytes(vram: str | int, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
@@ -331,4 +358,9 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer of the pack, or None where the checkpoint had none."""
     if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged file, others for a missing package
+        raise SourceError(
+            f"the tokenizer in {folder} cannot be loaded: {error}; install what it names, or mend its files there"
+        ) from error

@@ -61,8 +61,8 @@ def _asking(name: str, revision: str | None, ask: Callable[[], _Result]) -> _Res
             raise _offline(at) from error
         if isinstance(error, LocalEntryNotFoundError):
             raise SourceError(
-                f"no folder is called {name!r}, and the hub cannot be reached to ask for {at}; check the spelling and the "
-                "connection"
+                f"no folder is called {name!r}, and the hub cannot be reached to ask for {at}; check the spelling "
+                "and the connection"
             ) from error
         raise SourceError(f"{at} lacks a file: {_first_line(error)}") from error
     except HFValidationError as error:

@@ -4,7 +4,7 @@ Peak memory is one or two experts unquantised (fewer than `WINDOW_BYTES` if two 
 Shards are gone through in order and given up one by one, so that a checkpoint on a hub never lies here as a whole.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from moe_offload.offload.dense_linears import dense_linear_format
 from moe_offload.offload.experts.containers import find_expert_containers
 from moe_offload.offload.home import packs_dir
 from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, read_manifest
+from moe_offload.offload.pack.outline import PackOutline, outline_pack
 from moe_offload.offload.pack.writer import PackWriter
 from moe_offload.offload.planning.memory import give_freed_memory_back
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
@@ -247,11 +248,14 @@ def pack_model(
     revision: str | None = None,
     token: str | None = None,
     progress: ProgressSink = NULL_PROGRESS,
+    check: Callable[[PackOutline], None] | None = None,
 ) -> Path:
     """Pack the checkpoint ``model``, a folder or a hub id, into ``output`` (by default under the cache folder).
 
     Resumes a pack that was interrupted with the same settings, and leaves one that is finished as it is. Returns the
     folder of the pack. ``name`` is what the pack calls its source, by default the hub id or the folder's path.
+    ``check`` may refuse the pack to come, by raising, before weights are downloaded or read; it is not asked where the
+    sizes are not known by then, in a quantised checkpoint that keeps its bits.
     Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
     """
     _check_formats(format, dense_format)
@@ -263,6 +267,8 @@ def pack_model(
     if _is_finished(folder, source, expert_format, dense_format):
         return folder
     plan = plan_packing(source)
+    if check is not None and not (source.is_quantized and expert_format == SOURCE):
+        check(outline_pack(plan, expert_format, dense_format, SOURCE))
     name = name or source.name
     identity = {
         "source": name,

@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from transformers import PreTrainedConfig
 
 from moe_offload.errors import BudgetError, ConfigError
-from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
+from moe_offload.offload.pack.manifest import LayerLayout
 from moe_offload.offload.planning.kv_cache import kv_cache_bytes
 from moe_offload.offload.planning.sizes import format_size
 from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, slots_bytes
@@ -23,6 +23,17 @@ _CUDA_CONTEXT_BYTES = 400 * _MIB  # the context, kernels, and the libraries' own
 _STAGING_SLOTS = 2  # one is computed with while the next is filled
 _SHORTEST_CONTEXT_TOKENS = 256
 _DEFAULT_FORMAT = "nf4"  # the one to propose among equals
+
+
+class PackShape(Protocol):
+    """A pack, or what is foreseen of one."""
+
+    @property
+    def layers(self) -> Sequence[LayerLayout]: ...
+    @property
+    def expert_format(self) -> str: ...
+    @property
+    def dense_bytes(self) -> int: ...
 
 
 class Line(NamedTuple):
@@ -118,7 +129,7 @@ class Plan:
 
 
 def make_plan(
-    manifest: PackManifest,
+    manifest: PackShape,
     config: PreTrainedConfig,
     *,
     device: Device,

@@ -1,0 +1,51 @@
+"""What a pack will be like, foreseen from a model's shapes: enough to plan with before anything is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_offload.offload.checkpoint.conversion import ConversionPlan
+from moe_offload.offload.dense_linears import dense_linear_format
+from moe_offload.offload.pack.manifest import LayerLayout
+from moe_offload.quant import get_format
+
+_RAW_FORMATS = {torch.float32: "fp32", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class PackOutline:
+    """The layers of a pack to come; its dense weights by their number, and the bytes of those that are packed."""
+
+    config: Any
+    layers: tuple[LayerLayout, ...]
+    expert_format: str
+    num_plain_dense: int
+    packed_dense_bytes: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense weights, the plain ones in 16 bits."""
+        return 2 * self.num_plain_dense + self.packed_dense_bytes
+
+
+def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, source_format: str) -> PackOutline:
+    """The outline of the pack that ``plan`` would make; ``source`` weights are taken to be in the model's dtype."""
+    model = plan.skeleton.model
+    raw = _RAW_FORMATS.get(model.dtype, "bf16")
+    layers = []
+    for container in plan.containers:
+        parts = []
+        for param in container.params:
+            spec = raw if expert_format == source_format or len(param.packed_shape) == 1 else expert_format
+            parts.append((param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape)))
+        layers.append(LayerLayout.of(container.name, container.num_experts, parts))
+    state = model.state_dict()
+    num_plain = packed_bytes = 0
+    for source in plan.dense:
+        packed_format = dense_linear_format(model, source.target, dense_format)
+        if packed_format is None:
+            num_plain += state[source.target].numel()
+        else:
+            packed_bytes += get_format(packed_format).nbytes(tuple(state[source.target].shape))
+    return PackOutline(model.config, tuple(layers), expert_format, num_plain, packed_bytes)
