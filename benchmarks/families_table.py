@@ -18,8 +18,9 @@ with `--format source` and loaded in fp32 with slots for one token's experts in 
 of 8 decode steps for two sequences, are compared with those of transformers on the same checkpoint; the greedy tokens
 are the same in every line.
 
-- *difference*: the largest difference of any logit, relative to the largest logit. 0 is bit-identical. Others add up a
-  token's experts in another order than transformers does; nothing here depends on the budget.
+- *difference*: the largest difference of any logit, relative to the largest logit. 0 is bit-identical. Others add up in
+  another order than transformers does, a token's experts or a product's terms (one torch thread; more add up otherwise
+  again); nothing here depends on the budget.
 - *reached by*: `interface` is transformers' experts interface, `own` a forward of this project's that does what the
   family's does.
 - *lookahead*: the share of layers with experts whose router can be asked ahead of time, so that `--prefetch` works for
