@@ -155,7 +155,7 @@ class OffloadedModel:
         def check_budget(outline: PackOutline) -> None:
             torch_dtype = _dtype(dtype, outline.config)
             plain_bytes = outline.num_plain_dense * torch_dtype.itemsize
-            plan_for(outline, outline.config, plain_bytes + outline.packed_dense_bytes, torch_dtype)
+            plan_for(outline, outline.config, plain_bytes + outline.other_dense_bytes, torch_dtype)
 
         if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
             folder = pack_model(

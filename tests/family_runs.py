@@ -18,6 +18,8 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
 from moe_offload.offload.checkpoint.transformers_loading import auto_class
+from moe_offload.offload.pack.manifest import is_pack
+from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.planning.workspace import experts_per_token
 
 transformers.logging.disable_progress_bar()
@@ -76,12 +78,13 @@ def example_inputs(config: PreTrainedConfig, batch_size: int = 2, num_tokens: in
     return {name: torch.randint(3, 120, shape, generator=generator) for name, shape in shapes.items()}
 
 
-def load_smallest(folder: Path, **kwargs: Any) -> OffloadedModel:
-    """Load under the smallest budget there is: ``top_k`` slots a layer."""
+def load_smallest(folder: Path, *, pack_dir: Path | None = None, format: str = "auto", **kwargs: Any) -> OffloadedModel:
+    """Load a pack, or a checkpoint packed first, under the smallest budget there is: ``top_k`` slots a layer."""
     settings = {"device": "cpu", "dtype": "float32", "context_tokens": CONTEXT_TOKENS} | kwargs
+    pack = folder if is_pack(folder) else pack_model(str(folder), pack_dir, format=format)
     with pytest.raises(BudgetError) as refusal:
-        OffloadedModel.from_pretrained(folder, ram=1, **settings)
-    return OffloadedModel.from_pretrained(folder, ram=refusal.value.needed_bytes, **settings)
+        OffloadedModel.from_pretrained(pack, ram=1, **settings)
+    return OffloadedModel.from_pretrained(pack, ram=refusal.value.needed_bytes, **settings)
 
 
 @torch.no_grad()

@@ -15,18 +15,18 @@ _RAW_FORMATS = {torch.float32: "fp32", torch.float16: "fp16"}
 
 @dataclass(frozen=True)
 class PackOutline:
-    """The layers of a pack to come; its dense weights by their number, and the bytes of those that are packed."""
+    """The layers of a pack to come; its plain dense weights by their number, and the bytes of all other dense ones."""
 
     config: Any
     layers: tuple[LayerLayout, ...]
     expert_format: str
     num_plain_dense: int
-    packed_dense_bytes: int
+    other_dense_bytes: int
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense weights, the plain ones in 16 bits."""
-        return 2 * self.num_plain_dense + self.packed_dense_bytes
+        return 2 * self.num_plain_dense + self.other_dense_bytes
 
 
 def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, source_format: str) -> PackOutline:
@@ -41,11 +41,14 @@ def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, so
             parts.append((param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape)))
         layers.append(LayerLayout.of(container.name, container.num_experts, parts))
     state = model.state_dict()
-    num_plain = packed_bytes = 0
+    num_plain = other_bytes = 0
     for source in plan.dense:
+        tensor = state[source.target]
         packed_format = dense_linear_format(model, source.target, dense_format)
-        if packed_format is None:
-            num_plain += state[source.target].numel()
+        if packed_format is not None:
+            other_bytes += get_format(packed_format).nbytes(tuple(tensor.shape))
+        elif tensor.is_floating_point():
+            num_plain += tensor.numel()
         else:
-            packed_bytes += get_format(packed_format).nbytes(tuple(state[source.target].shape))
-    return PackOutline(model.config, tuple(layers), expert_format, num_plain, packed_bytes)
+            other_bytes += tensor.numel() * tensor.element_size()
+    return PackOutline(model.config, tuple(layers), expert_format, num_plain, other_bytes)
