@@ -68,17 +68,16 @@ EXPORT void moe_offload_dequantize(int isa, const PackedWeight* weight, int64_t 
 EXPORT int moe_offload_linear(int isa, const PackedWeight* weight, const Matrix* x, int64_t num_tokens,
                               const Matrix* out, int num_threads) {
     const KernelSet& kernels = *kernel_sets()[isa];
-    const int64_t stride = kernels.prepared_cols(*weight);
+    const int64_t stride = kernels.prepared_bytes(*weight, x->dtype);
     const int64_t batch = num_tokens < kTokensAtOnce ? num_tokens : kTokensAtOnce;
     // 64-byte aligned inside, so that no vector of activations straddles two cache lines
-    std::unique_ptr<float[]> storage(new (std::nothrow) float[static_cast<size_t>(batch * stride + 16)]);
+    std::unique_ptr<uint8_t[]> storage(new (std::nothrow) uint8_t[static_cast<size_t>(batch * stride + 64)]);
     if (!storage) return -1;
-    float* prepared = storage.get();
-    while (reinterpret_cast<uintptr_t>(prepared) % 64 != 0) prepared++;
+    uint8_t* prepared = storage.get() + (64 - reinterpret_cast<uintptr_t>(storage.get()) % 64);
     for (int64_t first = 0; first < num_tokens; first += batch) {
         const int64_t count = num_tokens - first < batch ? num_tokens - first : batch;
         for (int64_t t = 0; t < count; t++) kernels.prepare(*weight, *x, first + t, prepared + t * stride);
-        const PreparedInput input{prepared, stride, count};
+        const PreparedInput input{prepared, stride, count, x->dtype};
         Matrix tokens_out = *out;
         tokens_out.data = static_cast<uint8_t*>(out->data) + first * out->stride * (out->dtype == DTYPE_F32 ? 4 : 2);
         auto body = [&](int64_t begin, int64_t end) { kernels.linear_rows(*weight, input, begin, end, tokens_out); };

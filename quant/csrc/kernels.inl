@@ -4,7 +4,7 @@
 #include "linear.inl"
 
 inline const KernelSet& kernel_set(const char* name) {
-    static const KernelSet kernels = {name,    quantize_rows, dequantize_rows, prepared_cols,
+    static const KernelSet kernels = {name,    quantize_rows, dequantize_rows, prepared_bytes,
                                       prepare, linear_rows,   read_bytes};
     return kernels;
 }

@@ -23,7 +23,10 @@ inline int64_t prepared_cols(const PackedWeight& weight) {
     return ceil_div(weight.cols, unit) * unit;
 }
 
-inline void prepare(const PackedWeight& weight, const Matrix& x, int64_t token, float* prepared) {
+inline int64_t prepared_bytes(const PackedWeight& weight, int32_t) { return prepared_cols(weight) * 4; }
+
+inline void prepare(const PackedWeight& weight, const Matrix& x, int64_t token, void* prepared_token) {
+    float* prepared = static_cast<float*>(prepared_token);
     const int64_t padded = prepared_cols(weight);
     std::unique_ptr<float[]> storage;
     float* natural = prepared;
@@ -256,9 +259,11 @@ Multiply multiply_for(const PackedWeight& weight) {
 template <int kRows>
 void multiply_tokens(const PackedWeight& weight, const float* scales, int64_t scales_stride, const PreparedInput& x,
                      int64_t row, const Matrix& out) {
+    const float* inputs = reinterpret_cast<const float*>(x.data);
+    const int64_t stride = x.stride_bytes / 4;
     int64_t token = 0;
     const auto run = [&](Multiply multiply, int count) {
-        multiply(weight, scales, scales_stride, x.data + token * x.stride, x.stride, row, token, out);
+        multiply(weight, scales, scales_stride, inputs + token * stride, stride, row, token, out);
         token += count;
     };
     while (x.num_tokens - token >= 4) run(multiply_for<kRows, 4>(weight), 4);
@@ -272,7 +277,7 @@ inline void linear_rows(const PackedWeight& weight, const PreparedInput& x, int6
     const int64_t interleave = interleave_of(weight);
     const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
     // whole chunks, and what spread() reads past the last one
-    const int64_t scales_stride = (four_bit ? x.stride / interleave : scale_cols) + 16;
+    const int64_t scales_stride = (four_bit ? prepared_cols(weight) / interleave : scale_cols) + 16;
     std::unique_ptr<float[]> scales(new float[static_cast<size_t>(V::kRows * scales_stride)]);
     const auto load_scales = [&](int64_t row, float* to) {
         if (four_bit) {

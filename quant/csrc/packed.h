@@ -29,19 +29,22 @@ struct Matrix {
     int32_t dtype;
 };
 
-// Few-row products take activations in fp32, in the order in which a kernel meets the codes, padded with zeros.
+// What few-row products take: each token's activations as a kernel set's `prepare` made them for a weight of that code,
+// shape of blocks and number of columns; opaque to everybody else. Made once, they serve every such weight.
 struct PreparedInput {
-    const float* data;  // [num_tokens, stride]
-    int64_t stride;
+    const uint8_t* data;   // token t at data + t * stride_bytes, 64-byte aligned
+    int64_t stride_bytes;  // prepared_bytes(weight, x_dtype), or more
     int64_t num_tokens;
+    int32_t x_dtype;  // DType of the activations before
 };
 
 struct KernelSet {
     const char* name;
     int (*quantize_rows)(const PackedWeight&, const Matrix& source, int64_t row_begin, int64_t row_end);
     void (*dequantize_rows)(const PackedWeight&, int64_t row_begin, int64_t row_end, const Matrix& out);
-    int64_t (*prepared_cols)(const PackedWeight&);
-    void (*prepare)(const PackedWeight&, const Matrix& x, int64_t token, float* prepared);
+    // of one token, a multiple of 64
+    int64_t (*prepared_bytes)(const PackedWeight&, int32_t x_dtype);
+    void (*prepare)(const PackedWeight&, const Matrix& x, int64_t token, void* prepared);
     // out[token, row] for rows in the range; each row's result depends on that row and token alone
     void (*linear_rows)(const PackedWeight&, const PreparedInput&, int64_t row_begin, int64_t row_end,
                         const Matrix& out);
