@@ -181,12 +181,7 @@ class OffloadedModel:
                 on_plan(plan)
             if verify != "off":
                 dense.check()
-            cache = ExpertCache(
-                plan.num_experts,
-                plan.num_slots,
-                policy,
-                floors=[min(top_k, num_experts) for num_experts in plan.num_experts],
-            )
+            cache = ExpertCache(plan.num_experts, plan.num_slots, policy)
             tier = make_tier(manifest, folder, plan, torch_device, verify)  # type: ignore[arg-type]
             try:
                 loaded = load_model(

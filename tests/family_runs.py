@@ -79,7 +79,7 @@ def example_inputs(config: PreTrainedConfig, batch_size: int = 2, num_tokens: in
 
 
 def load_smallest(folder: Path, *, pack_dir: Path | None = None, format: str = "auto", **kwargs: Any) -> OffloadedModel:
-    """Load a pack, or a checkpoint packed first, under the smallest budget there is: ``top_k`` slots a layer."""
+    """Load a pack, or a checkpoint packed first, under the smallest budget there is: one slot a layer."""
     settings = {"device": "cpu", "dtype": "float32", "context_tokens": CONTEXT_TOKENS} | kwargs
     pack = folder if is_pack(folder) else pack_model(str(folder), pack_dir, format=format)
     with pytest.raises(BudgetError) as refusal:

@@ -18,7 +18,6 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from moe_offload import OffloadedModel
-from moe_offload.cache import ExpertCache
 from moe_offload.offload import model as model_module
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.streaming import reader
@@ -53,12 +52,8 @@ def loaded(
     def plan_with_slots(*args: Any, **options: Any) -> Any:
         return replace(make_plan(*args, **options), num_slots=tuple(num_slots))
 
-    def cache_without_floors(num_experts: Any, slots: Any, policy: str, **options: Any) -> ExpertCache:
-        return ExpertCache(num_experts, slots, policy)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "make_plan", plan_with_slots)
-        patch.setattr(model_module, "ExpertCache", cache_without_floors)
         patch.setattr(reader, "DirectDisk", lambda: disk or FaultyDisk())
         model = OffloadedModel.from_pretrained(
             folder, **({"device": "cpu", "ram": "1GiB", "context_tokens": 64} | kwargs)

@@ -20,7 +20,8 @@ _MIB = 1024**2
 # Tokenizer, modules, thread stacks, and what the allocator holds without using it.
 _RUNTIME_BYTES = {"cpu": 160 * _MIB, "cuda": 512 * _MIB}
 _CUDA_CONTEXT_BYTES = 400 * _MIB  # the context, kernels, and the libraries' own workspaces
-_STAGING_SLOTS = 2  # one is computed with while the next is filled
+_STAGING_SLOTS = 2  # at least: one is computed with while the next is filled
+_FEWEST_SLOTS = 1  # a layer; what a step asks for beyond them passes through staging
 _SHORTEST_CONTEXT_TOKENS = 256
 _DEFAULT_FORMAT = "nf4"  # the one to propose among equals
 
@@ -197,7 +198,7 @@ def make_plan(
         slot_bytes=tuple(need.slot_bytes for need in demand.needs),
         num_slots=tuple(num_slots),
         num_host_slots=tuple(num_host_slots),
-        staging_slots=_STAGING_SLOTS,
+        staging_slots=demand.staging_slots,
         num_host_staging_slots=num_host_staging_slots,
     )
 
@@ -232,13 +233,12 @@ class _Demand:
             dtype_bytes=dtype_bytes,
             expert_rows=expert_rows,
         )
-        self.needs = [
-            SlotNeed(layer.num_experts, layer.slot_bytes, min(top_k, layer.num_experts))
-            for layer, top_k in zip(layers, top_k_per_layer, strict=True)
-        ]
+        self.needs = [SlotNeed(layer.num_experts, layer.slot_bytes, _FEWEST_SLOTS) for layer in layers]
+        # All of a token's experts can be on their way at once, however few slots their layer has.
+        self.staging_slots = max(_STAGING_SLOTS, max(top_k_per_layer) - _FEWEST_SLOTS)
         self.largest_slot_bytes = max(layer.slot_bytes for layer in layers)
         overhead_bytes = _RUNTIME_BYTES["cpu"] if device == "cpu" else _CUDA_CONTEXT_BYTES
-        staging_bytes = _STAGING_SLOTS * self.largest_slot_bytes
+        staging_bytes = self.staging_slots * self.largest_slot_bytes
         self.fixed_bytes = dense_bytes + self.kv_bytes + self.workspace_bytes + staging_bytes + overhead_bytes
 
     @property
