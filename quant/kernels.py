@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -24,11 +24,11 @@ _PREFERENCE = ("avx512", "avx2", "neon", "portable")
 # The numbers that packed.h gives them.
 CODES = {"nf4": 0, "int4": 1, "e2m1": 2, "fp4": 3, "int8": 4, "e4m3": 5}
 _SCALE_TYPES = {torch.float16: 0, torch.float32: 1, torch.uint8: 2}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS_NONFINITE = 1
 
 
-class _PackedWeight(ctypes.Structure):
+class PackedWeight(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
@@ -46,6 +46,23 @@ class _Matrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int32))
 
 
+_MOE_LAYER_ARGUMENTS = (
+    ctypes.c_int,  # instruction set
+    ctypes.c_void_p,  # activation
+    ctypes.c_void_p,  # x
+    ctypes.c_int32,  # dtype of x and of the result
+    ctypes.c_void_p,  # experts and their rows
+    ctypes.c_int64,
+    ctypes.c_void_p,  # outputs
+    ctypes.c_int64,  # columns of outputs
+    ctypes.c_void_p,  # rows to sum
+    ctypes.c_void_p,  # their weights
+    ctypes.c_int64,
+    ctypes.c_void_p,  # result
+    ctypes.c_int,  # threads
+)
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
@@ -55,6 +72,7 @@ def _library() -> ctypes.CDLL | None:
             library.moe_offload_isa.restype = ctypes.c_char_p
             library.moe_offload_dequantize.restype = None
             library.moe_offload_read.restype = ctypes.c_uint64
+            library.moe_offload_moe_layer.argtypes = _MOE_LAYER_ARGUMENTS
             # an older build beside newer Python code must not be called
             return library if library.moe_offload_abi() == _ABI else None
     return None
@@ -111,9 +129,10 @@ def _call() -> tuple[ctypes.CDLL, int]:
     return library, _ISA_NAMES.index(_chosen())
 
 
-def _packed_weight(packed: Tensor, layout: PackedLayout, code: int) -> _PackedWeight:
+def packed_weight(packed: Tensor, layout: PackedLayout, code: int) -> PackedWeight:
+    """A packed weight as kernels take it; valid while the tensor's memory is."""
     address = packed.data_ptr()
-    return _PackedWeight(
+    return PackedWeight(
         address,
         address + layout.scales_offset_bytes,
         layout.num_rows,
@@ -127,7 +146,7 @@ def _packed_weight(packed: Tensor, layout: PackedLayout, code: int) -> _PackedWe
 
 
 def _matrix(tensor: Tensor) -> _Matrix:
-    return _Matrix(tensor.data_ptr(), tensor.stride(0), _DTYPES[tensor.dtype])
+    return _Matrix(tensor.data_ptr(), tensor.stride(0), DTYPES[tensor.dtype])
 
 
 def quantize(weight: Tensor, packed: Tensor, layout: PackedLayout, code: int) -> None:
@@ -135,7 +154,7 @@ def quantize(weight: Tensor, packed: Tensor, layout: PackedLayout, code: int) ->
     library, isa = _call()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     status = library.moe_offload_quantize(
-        isa, ctypes.byref(_packed_weight(packed, layout, code)), ctypes.byref(_matrix(weight)), torch.get_num_threads()
+        isa, ctypes.byref(packed_weight(packed, layout, code)), ctypes.byref(_matrix(weight)), torch.get_num_threads()
     )
     if status:
         raise reference.nonfinite_error() if status & _STATUS_NONFINITE else reference.overflow_error()
@@ -146,7 +165,7 @@ def dequantize(packed: Tensor, layout: PackedLayout, code: int, rows: slice, out
     library, isa = _call()
     library.moe_offload_dequantize(
         isa,
-        ctypes.byref(_packed_weight(packed, layout, code)),
+        ctypes.byref(packed_weight(packed, layout, code)),
         ctypes.c_int64(rows.start),
         ctypes.c_int64(rows.stop),
         ctypes.byref(_matrix(out)),
@@ -160,7 +179,7 @@ def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tens
     x = x if x.stride(1) == 1 else x.contiguous()
     status = library.moe_offload_linear(
         isa,
-        ctypes.byref(_packed_weight(packed, layout, code)),
+        ctypes.byref(packed_weight(packed, layout, code)),
         ctypes.byref(_matrix(x)),
         ctypes.c_int64(x.shape[0]),
         ctypes.byref(_matrix(out)),
@@ -168,6 +187,40 @@ def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tens
     )
     if status:
         raise MemoryError(f"no memory for {x.shape[0]} prepared rows of {x.shape[1]} activations")
+
+
+def moe_layer(
+    activation: ctypes.Structure,
+    x: Tensor,
+    tasks: Sequence[int],
+    outputs: Tensor,
+    rows: Sequence[int],
+    weights: Sequence[float],
+    result: Tensor,
+) -> None:
+    """Fill rows of ``outputs`` (fp32 [n, H]) from x [1, H]; then, if ``rows`` are given, sum them into ``result``.
+
+    ``tasks``: by turns the address of an expert's description and its row. ``rows`` and ``weights``: the terms of the
+    sum, in its order; ``result`` [1, H] has x's dtype.
+    """
+    library, isa = _call()
+    status = library.moe_offload_moe_layer(
+        isa,
+        ctypes.byref(activation),
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        (ctypes.c_int64 * len(tasks))(*tasks),
+        len(tasks) // 2,
+        outputs.data_ptr(),
+        outputs.shape[1],
+        (ctypes.c_int64 * len(rows))(*rows),
+        (ctypes.c_float * len(rows))(*weights) if rows else None,
+        len(rows),
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory for the activations of {len(tasks) // 2} experts")
 
 
 def read_all(data: Tensor) -> int:

@@ -34,15 +34,18 @@ class Arrivals:
         """The next one; `queue.Empty` if none comes in that time."""
         return self._arrived.get(timeout_s > 0, timeout_s)
 
+    def get_all(self) -> list[Arrival]:
+        """What has come and was not got yet."""
+        arrived = []
+        while not self._arrived.empty():  # nobody else takes from it
+            arrived.append(self._arrived.get_nowait())
+        return arrived
+
     def end(self) -> None:
         """The step is over."""
         with self._lock:
             self._ended = True
-        while True:
-            try:
-                _, slot, _ = self._arrived.get_nowait()
-            except queue.Empty:
-                return
+        for _, slot, _ in self.get_all():
             if slot < 0:
                 self._free_staging.put(slot)
 

@@ -12,12 +12,43 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_offload.errors import ConfigError
+from moe_offload.offload.experts.activations import find_activation
 from moe_offload.offload.experts.containers import ExpertContainer
 from moe_offload.offload.experts.layer import ExpertFn, ExpertLayer
-from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 
 IMPLEMENTATION = "offload"
 _LAYER = "_moe_offload_layer"
+
+
+def _mlp_parts(
+    container: ExpertContainer,
+    up: tuple[str, ...],
+    down: str,
+    between: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    has_gate: bool = True,
+    biases: tuple[str | None, str | None] = (None, None),
+) -> MlpParts | None:
+    """What an MLP is made of, for the call that computes all experts; None if ``between`` is not known to kernels."""
+    num_rows = sum(param.packed_shape[0] for param in container.params if param.part in up)
+    activation = find_activation(container.module, between, num_rows, has_gate=has_gate)
+    return None if activation is None else MlpParts(up, down, activation, *biases)
+
+
+def _decorated_parts(container: ExpertContainer) -> MlpParts | None:
+    module: Any = container.module
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    return _mlp_parts(
+        container,
+        (up_name,),
+        "down_proj",
+        module._apply_gate if module.has_gate else module.act_fn,
+        has_gate=module.has_gate,
+        biases=(f"{up_name}_bias", "down_proj_bias") if module.has_bias else (None, None),
+    )
 
 
 def decorated_mlp(module: Any) -> Callable[[ExpertWeights, torch.Tensor], torch.Tensor]:
@@ -43,8 +74,8 @@ def decorated_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """``x [T, H]``, index and final weights ``[T, K]`` to ``[T, H]``, as transformers' experts interface defines it."""
-    layer, expert = getattr(self, _LAYER)
-    result: torch.Tensor = layer.routed(hidden_states, top_k_index, top_k_weights, expert)
+    layer, expert, parts = getattr(self, _LAYER)
+    result: torch.Tensor = layer.routed(hidden_states, top_k_index, top_k_weights, expert, parts)
     return result
 
 
@@ -58,48 +89,65 @@ def _gated_mlp(module: Any) -> Callable[[ExpertWeights, torch.Tensor], torch.Ten
     return expert
 
 
-def _gated(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _gated(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """Step-3: as the decorated kind, without the decorator."""
+    module: Any = container.module
     expert = _gated_mlp(module)
-    return lambda hidden_states, index, weights: layer.routed(hidden_states, index, weights, expert)
+    parts = _mlp_parts(container, ("gate_up_proj",), "down_proj", module._apply_gate)
+    return lambda hidden_states, index, weights: layer.routed(hidden_states, index, weights, expert, parts)
 
 
-def _longcat(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _longcat(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """LongCat-Flash: experts from ``num_routed_experts`` on are the identity."""
+    module: Any = container.module
+
+    def apply_gate(hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        result: torch.Tensor = module.act_fn(gate) * up
+        return result
 
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = weights.linear("gate_up_proj", hidden_states).chunk(2, dim=-1)
-        return weights.linear("down_proj", module.act_fn(gate) * up)
+        return weights.linear("down_proj", apply_gate(weights.linear("gate_up_proj", hidden_states)))
+
+    parts = _mlp_parts(container, ("gate_up_proj",), "down_proj", apply_gate)
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        routed = layer.routed(hidden_states, top_k_index, top_k_weights, expert)
+        routed = layer.routed(hidden_states, top_k_index, top_k_weights, expert, parts)
         identity = (top_k_weights * (top_k_index >= layer.num_experts)).sum(-1, keepdim=True)
         return (routed + hidden_states * identity).to(hidden_states.dtype)
 
     return forward
 
 
-def _dbrx(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _dbrx(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """DBRX: ``w2`` is held transposed in the pack."""
+    module: Any = container.module
+
+    def apply_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = module.mlp.activation_fn(gate) * up
+        return result
 
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = module.mlp.activation_fn(weights.linear("w1", hidden_states))
-        return weights.linear("w2", gate * weights.linear("v1", hidden_states))
+        gate, up = weights.linear("w1", hidden_states), weights.linear("v1", hidden_states)
+        return weights.linear("w2", apply_gate(gate, up))
+
+    parts = _mlp_parts(container, ("w1", "v1"), "w2", lambda hidden: apply_gate(*hidden.chunk(2, dim=-1)))
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.reshape(-1, module.hidden_size)
-        routed = layer.routed(flat, top_k_index, top_k_weights, expert)
+        routed = layer.routed(flat, top_k_index, top_k_weights, expert, parts)
         return routed.view(hidden_states.shape[0], -1, module.hidden_size)
 
     return forward
 
 
-def _llama4(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _llama4(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """Llama 4: the input is ``[E * T, H]``, every token times its router score for every expert.
 
     An expert maps a zero row to zero, so only the rows with a score need it. The scores are in the rows already: the
     outputs are not weighted again.
     """
+    module: Any = container.module
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.view(layer.num_experts, -1, module.hidden_size)  # [E, T, H]
@@ -117,8 +165,9 @@ def _llama4(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def _jetmoe(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _jetmoe(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """JetMoe: rows sorted by expert, with the number of rows of each; the router's weights are applied outside."""
+    module: Any = container.module
 
     def forward(inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         out = inputs.new_empty(inputs.shape[0], module.output_size)
@@ -136,9 +185,11 @@ def _jetmoe(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     return forward
 
 
-def _switch(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _switch(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """Switch Transformers: one expert a token, none where its capacity is used up; ``selected [T, 1, E]`` one-hot."""
+    module: Any = container.module
     act = module["expert_0"].act
+    parts = _mlp_parts(container, ("wi.weight",), "wo.weight", act, has_gate=False)
 
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
         return weights.linear("wo.weight", act(weights.linear("wi.weight", hidden_states)))
@@ -147,18 +198,20 @@ def _switch(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
         hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
     ) -> torch.Tensor:
         index = selected_experts.argmax(-1).masked_fill(selected_experts.sum(-1) == 0, layer.num_experts)
-        return layer.routed(hidden_states, index, routing_weights, expert)
+        return layer.routed(hidden_states, index, routing_weights, expert, parts)
 
     return forward
 
 
-def _nllb(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _nllb(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """NLLB-MoE: GShard's top-2 with capacities, as in transformers 4; ``router_probs [T, E]`` is zero elsewhere.
 
     transformers 5 (5.17 to 5.23 at least) makes its one-hot ``router_mask`` one-hot again, so that only the experts
     0 and 1 ever run. Here the probabilities decide, as they did before.
     """
+    module: Any = container.module
     act = module["expert_0"].act
+    parts = _mlp_parts(container, ("fc1.weight",), "fc2.weight", act, has_gate=False, biases=("fc1.bias", "fc2.bias"))
 
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden = weights.linear("fc1.weight", hidden_states)
@@ -169,12 +222,12 @@ def _nllb(module: Any, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     def forward(hidden_states: torch.Tensor, router_mask: torch.Tensor, router_probs: torch.Tensor) -> torch.Tensor:
         weights, index = router_probs.topk(2, dim=-1)
         index = index.masked_fill(weights <= 0, layer.num_experts)
-        return layer.routed(hidden_states, index, weights * (1 - module.moe_token_dropout), expert)
+        return layer.routed(hidden_states, index, weights * (1 - module.moe_token_dropout), expert, parts)
 
     return forward
 
 
-_FORWARDS: dict[str, Callable[[Any, ExpertLayer], Callable[..., torch.Tensor]]] = {
+_FORWARDS: dict[str, Callable[[ExpertContainer, ExpertLayer], Callable[..., torch.Tensor]]] = {
     "dbrx": _dbrx,
     "gated": _gated,
     "jetmoe": _jetmoe,
@@ -212,19 +265,19 @@ def strip_parameters(container: ExpertContainer) -> None:
 
 def layer_and_expert(module: nn.Module) -> tuple[ExpertLayer, ExpertFn]:
     """The layer of a container that was installed, and one expert's MLP; `ConfigError` if it has no such thing."""
-    installed: tuple[ExpertLayer, ExpertFn] | None = getattr(module, _LAYER, None)
+    installed: tuple[ExpertLayer, ExpertFn, MlpParts | None] | None = getattr(module, _LAYER, None)
     if installed is None:
         raise ConfigError(
             f"{type(module).__name__} is not the experts module of an offloaded model, or is of a family whose experts "
             "are not called one by one"
         )
-    return installed
+    return installed[:2]
 
 
 def install_expert_layer(container: ExpertContainer, layer: ExpertLayer) -> None:
     """Make the container compute with ``layer``."""
     module: nn.Module = container.module
     if container.kind == "decorated":
-        object.__setattr__(module, _LAYER, (layer, decorated_mlp(module)))
+        object.__setattr__(module, _LAYER, (layer, decorated_mlp(module), _decorated_parts(container)))
     else:
-        module.forward = _FORWARDS[container.kind](module, layer)
+        module.forward = _FORWARDS[container.kind](container, layer)

@@ -11,7 +11,8 @@ from torch import nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.residency import Residency
-from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
+from moe_offload.quant.moe_layer import MoeStep
 
 ExpertFn = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
 """One expert's MLP: its weights and rows ``[rows, in]`` to ``[rows, out]``."""
@@ -92,16 +93,15 @@ class ExpertLayer:
         weights: Sequence[float] | None = None,
     ) -> None:
         """Call ``compute`` once for each expert as its weights become available, in no particular order."""
+        prefill, issued = self._begin(expert_ids)
+        self._residency.run(self.layer_idx, expert_ids, compute, weights=weights, prefill=prefill, issued=issued)
+
+    def _begin(self, expert_ids: Sequence[int]) -> tuple[bool, Callable[[], None] | None]:
+        """Whether this is a prompt, and what to call when the misses are on their way."""
         self._step.check_stopped()
-        predictor = None if self._step.prefill else self._step.predictor
-        self._residency.run(
-            self.layer_idx,
-            expert_ids,
-            compute,
-            weights=weights,
-            prefill=self._step.prefill,
-            issued=partial(predictor.after_routing, self.layer_idx, expert_ids) if predictor else None,
-        )
+        prefill = self._step.prefill
+        predictor = None if prefill else self._step.predictor
+        return prefill, partial(predictor.after_routing, self.layer_idx, expert_ids) if predictor else None
 
     def routed(
         self,
@@ -109,11 +109,13 @@ class ExpertLayer:
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
         expert_fn: ExpertFn,
+        parts: MlpParts | None = None,
     ) -> torch.Tensor:
         """``sum_k weights[t, k] * expert[index[t, k]](x[t])``: ``x [T, H]``, index, weights ``[T, K]`` to ``[T, H]``.
 
         An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
-        whatever order the experts' weights arrive in.
+        whatever order the experts' weights arrive in. ``parts`` tell what ``expert_fn`` is made of, if that is known:
+        then one call computes all experts of a token that are there.
         """
         if hidden_states.requires_grad and torch.is_grad_enabled():
             raise ConfigError(
@@ -123,6 +125,8 @@ class ExpertLayer:
         num_tokens, top_k = top_k_index.shape
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
         if num_tokens == 1:
+            if parts is not None and MoeStep.takes(hidden_states):
+                return self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
             return self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn)
         if num_tokens <= chunk_tokens:
             return self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn)
@@ -132,6 +136,41 @@ class ExpertLayer:
         )
 
     # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
+
+    def _routed_packed(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+        parts: MlpParts,
+    ) -> torch.Tensor:
+        """A decode step by the kernels that take all experts at once."""
+        order, weights = top_k_index[0].tolist(), top_k_weights[0].tolist()
+        if max(order) >= self.num_experts:
+            named = [(e, weight) for e, weight in zip(order, weights, strict=True) if e < self.num_experts]
+            if not named:
+                return torch.zeros_like(hidden_states)
+            order, weights = [e for e, _ in named], [weight for _, weight in named]
+        step = MoeStep(parts.activation, hidden_states, order, weights)
+
+        def compute(experts: Sequence[tuple[int, ExpertWeights]]) -> None:
+            packed = []
+            for expert_idx, expert_weights in experts:
+                mlp = expert_weights.packed_mlp(parts)
+                if mlp is None:
+                    step.put(expert_idx, expert_fn(expert_weights, hidden_states))
+                else:
+                    packed.append((expert_idx, mlp))
+            step.compute(packed)
+
+        weight_of = dict(zip(order, weights, strict=True))
+        expert_ids = list(weight_of)
+        prefill, issued = self._begin(expert_ids)
+        self._residency.run_together(
+            self.layer_idx, expert_ids, compute, weights=list(weight_of.values()), prefill=prefill, issued=issued
+        )
+        return step.result
 
     def _routed_token(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn

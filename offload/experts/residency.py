@@ -20,6 +20,7 @@ from moe_offload.offload.streaming.reader import ReadCancelledError
 from moe_offload.offload.tiers.compute_tier import ComputeTier, Transfer
 
 Compute = Callable[[int, ExpertWeights], None]
+ComputeTogether = Callable[[Sequence[tuple[int, ExpertWeights]]], None]
 
 
 @dataclass(eq=False)
@@ -82,14 +83,33 @@ class Residency:
         ``issued`` is called when all misses are on their way and before anything is computed. Raises what a failed
         transfer raised; the slots are given back in any case. Ctrl-C comes through between two experts.
         """
+
+        def compute_one(experts: Sequence[tuple[int, ExpertWeights]]) -> None:
+            compute(*experts[0])
+
         with InterruptShield() as shield:
-            self._step(layer_idx, expert_ids, compute, weights, prefill, issued, shield)
+            self._step(layer_idx, expert_ids, compute_one, False, weights, prefill, issued, shield)
+
+    def run_together(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        compute: ComputeTogether,
+        *,
+        weights: Sequence[float] | None = None,
+        prefill: bool = False,
+        issued: Callable[[], None] | None = None,
+    ) -> None:
+        """As `run`, with all experts that are there in one call, then those that have come meanwhile, and so on."""
+        with InterruptShield() as shield:
+            self._step(layer_idx, expert_ids, compute, True, weights, prefill, issued, shield)
 
     def _step(
         self,
         layer_idx: int,
         expert_ids: Sequence[int],
-        compute: Compute,
+        compute: ComputeTogether,
+        together: bool,
         weights: Sequence[float] | None,
         prefill: bool,
         issued: Callable[[], None] | None,
@@ -106,7 +126,7 @@ class Residency:
         )
         arrivals = Arrivals(self._free_staging)
         try:
-            self._run(lease, compute, issued, arrivals, shield)
+            self._run(lease, compute, together, issued, arrivals, shield)
         except BaseException:
             self._interrupted = True
             raise
@@ -117,7 +137,8 @@ class Residency:
     def _run(
         self,
         lease: Lease,
-        compute: Compute,
+        compute: ComputeTogether,
+        together: bool,
         issued: Callable[[], None] | None,
         arrivals: Arrivals,
         shield: InterruptShield,
@@ -140,29 +161,34 @@ class Residency:
         num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
         if issued is not None:
             issued()
-        for expert_idx, slot in ready:
+        for experts in [ready] if together and ready else [[one] for one in ready]:
             shield.check()
-            self._compute(layer_idx, expert_idx, slot, compute)
+            self._compute(layer_idx, experts, compute)
         while num_pending or bypassed:
             if not num_pending:
                 num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
-            expert_idx, slot, error = self._next(arrivals, shield)
-            num_pending -= 1
+            arrived = [self._next(arrivals, shield)]
+            if together:
+                arrived += arrivals.get_all()
+            num_pending -= len(arrived)
             try:
-                if error is not None:
-                    raise error
-                self._compute(layer_idx, expert_idx, slot, compute)
+                for _, _, error in arrived:
+                    if error is not None:
+                        raise error
+                self._compute(layer_idx, [(expert_idx, slot) for expert_idx, slot, _ in arrived], compute)
             finally:
-                if slot < 0:
-                    self._free_staging.put(slot)
+                for _, slot, _ in arrived:
+                    if slot < 0:
+                        self._free_staging.put(slot)
             num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
 
-    def _compute(self, layer_idx: int, expert_idx: int, slot: int, compute: Compute) -> None:
-        weights = self._tier.use(layer_idx, slot)
+    def _compute(self, layer_idx: int, experts: list[tuple[int, int]], compute: ComputeTogether) -> None:
+        weights = [(expert_idx, self._tier.use(layer_idx, slot)) for expert_idx, slot in experts]
         try:
-            compute(expert_idx, weights)
+            compute(weights)
         finally:
-            self._tier.used(layer_idx, slot)  # also if it failed midway: what it has launched still reads the slot
+            for _, slot in experts:
+                self._tier.used(layer_idx, slot)  # also if it failed midway: what it has launched still reads the slot
 
     def _next(self, arrivals: Arrivals, shield: InterruptShield) -> Arrival:
         shield.check()

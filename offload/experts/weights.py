@@ -8,6 +8,9 @@ import torch
 from moe_offload.errors import FormatError, PackCorruptError
 from moe_offload.offload.pack.manifest import REPACK, PartSpec
 from moe_offload.quant import Format, get_format
+from moe_offload.quant.activation import Activation
+from moe_offload.quant.moe_layer import PackedMlp
+from moe_offload.quant.raw import RawFormat
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,21 @@ class PartLayout:
             self.pieces.setdefault(part.name.partition("#")[0], []).append(piece)
 
 
+@dataclass(frozen=True)
+class MlpParts:
+    """Which parts an expert's MLP consists of, ``up`` being stacked by rows, and what it does between its products."""
+
+    up: tuple[str, ...]
+    down: str
+    activation: Activation
+    up_bias: str | None = None
+    down_bias: str | None = None
+
+
 class ExpertWeights:
     """The parameters of the expert in one slot. Valid while the slot is held."""
 
-    __slots__ = ("_parts",)
+    __slots__ = ("_mlp", "_parts")
 
     def __init__(self, layout: PartLayout, data: torch.Tensor) -> None:
         """``data``: ``uint8 [slot_bytes]``, viewed and not copied."""
@@ -49,6 +63,7 @@ class ExpertWeights:
             name: [(piece.format, piece.shape, data[piece.begin : piece.end]) for piece in pieces]
             for name, pieces in layout.pieces.items()
         }
+        self._mlp: tuple[MlpParts, PackedMlp | None] | None = None
 
     def linear(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """``x [T, in] @ W.T``, with ``W [out, in]`` left packed; ``[T, out]`` in the dtype of ``x``."""
@@ -63,3 +78,24 @@ class ExpertWeights:
         """A small parameter, such as a bias, as it is."""
         ((weight_format, shape, packed),) = self._parts[name]
         return weight_format.dequantize(packed, shape, dtype)
+
+    def packed_mlp(self, parts: MlpParts) -> PackedMlp | None:
+        """The MLP as one call computes it, described once; None if it cannot be."""
+        if self._mlp is None or self._mlp[0] is not parts:
+            self._mlp = parts, self._describe(parts)
+        return self._mlp[1]
+
+    def _describe(self, parts: MlpParts) -> PackedMlp | None:
+        up = [piece for name in parts.up for piece in self._parts[name]]
+        down = self._parts[parts.down]
+        up_bias, down_bias = self._vector(parts.up_bias), self._vector(parts.down_bias)
+        if not PackedMlp.supported(parts.activation, up, down, up_bias, down_bias):
+            return None
+        return PackedMlp(up, down[0], up_bias, down_bias)
+
+    def _vector(self, name: str | None) -> torch.Tensor | None:
+        if name is None:
+            return None
+        ((weight_format, shape, packed),) = self._parts[name]
+        assert isinstance(weight_format, RawFormat)  # packs hold vectors as they are
+        return weight_format.view(packed, shape)

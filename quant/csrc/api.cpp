@@ -31,6 +31,8 @@ int64_t piece_rows(const PackedWeight& weight, int64_t multiple_of) {
 
 }  // namespace
 
+const KernelSet& kernel_set_of(int isa) { return *kernel_sets()[isa]; }
+
 // Changes whenever a signature or struct here does: a stale build is refused instead of called.
 EXPORT int moe_offload_abi() { return 1; }
 

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "activation.h"
+
 enum Code : int32_t { CODE_NF4 = 0, CODE_INT4 = 1, CODE_E2M1 = 2, CODE_FP4 = 3, CODE_INT8 = 4, CODE_E4M3 = 5 };
 enum ScaleType : int32_t { SCALE_F16 = 0, SCALE_F32 = 1, SCALE_E8M0 = 2 };
 enum DType : int32_t { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
@@ -49,7 +51,13 @@ struct KernelSet {
     void (*linear_rows)(const PackedWeight&, const PreparedInput&, int64_t row_begin, int64_t row_end,
                         const Matrix& out);
     uint64_t (*read_bytes)(const uint8_t* data, int64_t num_bytes);
+    // out[first + i], i < count, from the gates and ups there; up is null where there are gates alone
+    void (*activate)(const Activation&, const float* gate, int64_t count, const float* up, const Matrix& out,
+                     int64_t first);
 };
+
+// That of a number as moe_offload_isa takes it.
+const KernelSet& kernel_set_of(int isa);
 
 // Null where the machine or the build lacks the instructions.
 const KernelSet* portable_kernels();

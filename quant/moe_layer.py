@@ -1,0 +1,127 @@
+"""A decode step through the experts of a layer, from packed weights: one call for all experts that are there."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_offload.quant import kernels
+from moe_offload.quant.activation import Activation
+from moe_offload.quant.base import Format
+from moe_offload.quant.blocked import BlockedFormat
+
+PackedPart = tuple[Format, tuple[int, ...], Tensor]
+"""A weight's format, its shape, and its packed bytes."""
+
+_MAX_PIECES = 2
+
+
+class _ExpertMlp(ctypes.Structure):
+    _fields_ = (
+        ("up", kernels.PackedWeight * _MAX_PIECES),
+        ("down", kernels.PackedWeight),
+        ("up_bias", ctypes.c_void_p),
+        ("down_bias", ctypes.c_void_p),
+        ("num_up", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+    )
+
+
+class PackedMlp:
+    """One expert's MLP, described once for all steps that find it in its slot; holds on to the memory."""
+
+    __slots__ = ("_struct", "_tensors", "address")
+
+    def __init__(
+        self,
+        up: Sequence[PackedPart],
+        down: PackedPart,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """``up``: the first product's weight, or two whose rows follow one another. For parts that are `supported`."""
+        bias = up_bias if up_bias is not None else down_bias
+        self._struct = _ExpertMlp(
+            (kernels.PackedWeight * _MAX_PIECES)(*map(_described, up)),
+            _described(down),
+            None if up_bias is None else up_bias.data_ptr(),
+            None if down_bias is None else down_bias.data_ptr(),
+            len(up),
+            0 if bias is None else kernels.DTYPES[bias.dtype],
+        )
+        self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
+        self.address = ctypes.addressof(self._struct)
+
+    @staticmethod
+    def supported(
+        activation: Activation,
+        up: Sequence[PackedPart],
+        down: Sequence[PackedPart],
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+    ) -> bool:
+        """Whether kernels were built, can read these parts, and the shapes are an MLP's from x's width to it."""
+        parts, biases = [*up, *down], [bias for bias in (up_bias, down_bias) if bias is not None]
+        if not (kernels.usable(*(packed for _, _, packed in parts), *biases) and len(down) == 1):
+            return False
+        if len(up) > _MAX_PIECES or not all(isinstance(part[0], BlockedFormat) for part in parts):
+            return False
+        (_, (hidden, inner), _) = down[0]
+        rows = sum(shape[0] for _, shape, _ in up)
+        return (
+            all(shape[1] == hidden for _, shape, _ in up)
+            and rows == (inner if activation.gating == "none" else 2 * inner)
+            and all(bias.dtype in kernels.DTYPES and bias.dtype == biases[0].dtype for bias in biases)
+            and (up_bias is None or up_bias.shape == (rows,))
+            and (down_bias is None or down_bias.shape == (hidden,))
+        )
+
+
+def _described(part: PackedPart) -> kernels.PackedWeight:
+    weight_format, shape, packed = part
+    assert isinstance(weight_format, BlockedFormat)
+    return kernels.packed_weight(packed, weight_format.layout(shape), weight_format.code)
+
+
+class MoeStep:
+    """One token's way through the experts of a layer, some of them at a time as their weights arrive.
+
+    The experts' outputs are kept apart in fp32 until all are there, and then summed in router order; which experts
+    were computed together changes no bit.
+    """
+
+    __slots__ = ("_activation", "_missing", "_order", "_outputs", "_weights", "_x", "result", "row_of")
+
+    def __init__(self, activation: Activation, x: Tensor, order: Sequence[int], weights: Sequence[float]) -> None:
+        """``x [1, H]``; ``order``: the experts in router order, which may name one twice, with their ``weights``."""
+        self._activation, self._x = activation, x if x.is_contiguous() else x.contiguous()
+        self._order, self._weights = order, weights
+        self.row_of = {expert_idx: row for row, expert_idx in enumerate(dict.fromkeys(order))}
+        self._missing = len(self.row_of)
+        self._outputs = torch.empty(self._missing, x.shape[1])
+        self.result = torch.empty_like(self._x)
+        """``[1, H]`` in the dtype of x, once every expert was computed."""
+
+    @staticmethod
+    def takes(x: Tensor) -> bool:
+        """Whether kernels were built and can take this ``x``."""
+        return kernels.usable(x) and x.dtype in kernels.DTYPES
+
+    def compute(self, experts: Sequence[tuple[int, PackedMlp]]) -> None:
+        """Some of the experts, each of which comes once."""
+        row_of = self.row_of
+        self._call([value for expert_idx, mlp in experts for value in (mlp.address, row_of[expert_idx])])
+
+    def put(self, expert_idx: int, output: Tensor) -> None:
+        """An expert's output ``[1, H]`` that was computed elsewhere."""
+        self._outputs[self.row_of[expert_idx]] = output[0]
+        self._call([], num_computed=1)
+
+    def _call(self, tasks: list[int], *, num_computed: int = 0) -> None:
+        self._missing -= num_computed or len(tasks) // 2
+        num_terms = 0 if self._missing else len(self._order)
+        if not tasks and not num_terms:
+            return
+        rows = [self.row_of[expert_idx] for expert_idx in self._order] if num_terms else []
+        kernels.moe_layer(self._activation.struct, self._x, tasks, self._outputs, rows, self._weights, self.result)
