@@ -58,13 +58,13 @@ def _probe(num_cols: int, limit: float) -> torch.Tensor:
 
 
 def _candidates(alphas: list[float], limits: list[float], has_gate: bool) -> Iterator[Activation]:
-    functions = [*_FUNCTIONS, *(("sigmoid", alpha) for alpha in (_QUICK_GELU_ALPHA, *alphas))]
+    """Every formula that the constants allow, likelier ones first."""
+    functions = [*(("sigmoid", alpha) for alpha in alphas), *_FUNCTIONS, ("sigmoid", _QUICK_GELU_ALPHA)]
     if not has_gate:
         yield from (Activation(name, "none", alpha) for name, alpha in functions)
         return
-    for gating, (name, alpha) in itertools.product(("halves", "interleaved"), functions):
-        for limit in (math.inf, *limits):
-            for shift in (0.0, 1.0):
-                yield Activation(name, gating, alpha, gate_limit=limit, up_limit=limit, up_shift=shift)
-            if limit < math.inf:
-                yield Activation(name, gating, alpha, activated_limit=limit, up_limit=limit)
+    for (name, alpha), limit, gating in itertools.product(functions, (*limits, math.inf), ("halves", "interleaved")):
+        for shift in (0.0, 1.0):
+            yield Activation(name, gating, alpha, gate_limit=limit, up_limit=limit, up_shift=shift)
+        if limit < math.inf:
+            yield Activation(name, gating, alpha, activated_limit=limit, up_limit=limit)

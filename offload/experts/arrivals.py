@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from moe_offload.offload.experts.interrupts import InterruptShield
@@ -37,8 +38,9 @@ class Arrivals:
     def get_all(self) -> list[Arrival]:
         """What has come and was not got yet."""
         arrived = []
-        while not self._arrived.empty():  # nobody else takes from it
-            arrived.append(self._arrived.get_nowait())
+        with suppress(queue.Empty):
+            while True:
+                arrived.append(self._arrived.get_nowait())
         return arrived
 
     def end(self) -> None:
