@@ -1,0 +1,152 @@
+"""What came out: medians over rounds, ratios within a round, bounds, and the tables."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peer_runs.cases import Case, Entry
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine did at its best in this run, in bytes a second."""
+
+    disk: float
+    memory: float
+
+
+@dataclass
+class EntryResult:
+    """One entry of a case; a round's figures as its child printed them, None where it failed."""
+
+    entry: Entry
+    file_bytes: int
+    num_weights: int
+    rounds: list[dict[str, Any] | None] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight on disk, everything counted."""
+        return 8 * self.file_bytes / self.num_weights
+
+    def tokens_per_s(self) -> list[float | None]:
+        """Of every round: tokens over the time of all of them."""
+        return [None if one is None else len(one["step_s"]) / sum(one["step_s"]) for one in self.rounds]
+
+    def prefill_tokens_per_s(self, prefill_tokens: int) -> list[float | None]:
+        """Of every round."""
+        return [
+            None if not one or not one.get("prefill_s") else prefill_tokens / one["prefill_s"] for one in self.rounds
+        ]
+
+    def median(self, key: str) -> float | None:
+        """Of one of the figures, over the rounds that have it."""
+        values = [one[key] for one in self.rounds if one is not None and one.get(key) is not None]
+        return statistics.median(values) if values else None
+
+
+@dataclass
+class CaseResult:
+    """A case with all its entries and the rates measured around it."""
+
+    case: Case
+    entries: list[EntryResult]
+    rates: Rates | None = None
+
+    def bound(self, result: EntryResult) -> float | None:
+        """Tokens a second that the machine allows: 1 / max(bytes missed / disk, bytes read from memory / memory).
+
+        Of what this engine has missed; where it does not count that, what it has read.
+        """
+        missed_bytes = result.median("missed_bytes")
+        if missed_bytes is None:
+            missed_bytes = result.median("read_bytes")
+        if self.rates is None or missed_bytes is None:
+            return None
+        active_bytes = self.case.shape.active_weights * result.bits / 8
+        return 1 / max(missed_bytes / self.rates.disk, active_bytes / self.rates.memory)
+
+
+def _ratio(values: Sequence[float | None], others: Sequence[float | None]) -> float | None:
+    """The median of the ratios within a round."""
+    ratios = [mine / its for mine, its in zip(values, others, strict=True) if mine is not None and its is not None]
+    return statistics.median(ratios) if ratios else None
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _speed(values: Sequence[float | None]) -> str:
+    present = sorted(value for value in values if value is not None)
+    if not present:
+        return "-"
+    middle = statistics.median(present)
+    return f"{middle:.2f}" if len(present) == 1 else f"{middle:.2f} ({present[0]:.2f}-{present[-1]:.2f})"
+
+
+def decode_table(results: Sequence[CaseResult]) -> str:
+    """Decoding, all cases."""
+    head = ["case", "engine", "weights", "bits", "tok/s", "x first", "read a token, MiB", "peak, MiB", "bound, tok/s"]
+    lines = [_line([*head, "of bound"]), _line(["---"] * (len(head) + 1))]
+    for result in results:
+        first = result.entries[0].tokens_per_s()
+        for one in result.entries:
+            speeds = one.tokens_per_s()
+            bound, read_bytes, peak_bytes = result.bound(one), one.median("read_bytes"), one.median("peak_bytes")
+            reached = [speed / bound for speed in speeds if speed is not None and bound]
+            lines.append(
+                _line(
+                    [
+                        f"{result.case.shape.name}, {result.case.title}",
+                        one.entry.label,
+                        one.entry.weights,
+                        f"{one.bits:.2f}",
+                        f"failed: {one.failure}" if one.failure else _speed(speeds),
+                        _text(_ratio(speeds, first), ".2f"),
+                        _text(None if read_bytes is None else read_bytes / MIB, ".0f"),
+                        _text(None if peak_bytes is None else peak_bytes / MIB, ".0f"),
+                        _text(bound, ".2f"),
+                        _text(statistics.median(reached) if reached else None, ".0%"),
+                    ]
+                )
+            )
+    return "\n".join(lines)
+
+
+def prefill_table(results: Sequence[CaseResult]) -> str:
+    """Reading a prompt, the cases that measure it; empty without any."""
+    lines = [
+        _line(["case", "engine", "weights", "prompt, tokens", "tok/s", "x first", "read, MiB"]),
+        _line(["---"] * 7),
+    ]
+    for result in results:
+        num_tokens = result.case.prefill_tokens
+        if not num_tokens:
+            continue
+        first = result.entries[0].prefill_tokens_per_s(num_tokens)
+        for one in result.entries:
+            speeds, read_bytes = one.prefill_tokens_per_s(num_tokens), one.median("prefill_read_bytes")
+            name = f"{result.case.shape.name}, {result.case.title}"
+            ratio = _text(_ratio(speeds, first), ".2f")
+            read = _text(None if read_bytes is None else read_bytes / MIB, ".0f")
+            lines.append(
+                _line([name, one.entry.label, one.entry.weights, str(num_tokens), _speed(speeds), ratio, read])
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def between_markers(text: str, table: str, name: str = "peers") -> str:
+    """``text`` with ``table`` between its two markers; ValueError where it has none."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the document has no pair of markers {begin} and {end}")
+    return f"{text[: text.index(begin)]}{begin}\n{table}\n{text[text.index(end) :]}"

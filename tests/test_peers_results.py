@@ -1,0 +1,115 @@
+"""The side-by-side benchmark without its peers: what is run, and what is made of the figures."""
+
+import sys
+
+import pytest
+from peer_runs import engines
+from peer_runs.cases import Entry, make_cases
+from peer_runs.engines import EngineError, Run, measure, missing_reason, settings
+from peer_runs.results import CaseResult, EntryResult, Rates, between_markers, decode_table, prefill_table
+
+RUN = Run(seed=0, threads=2, decode_tokens=4, warmup_tokens=1, prompt_tokens=2, prefetch="auto", timeout_s=60)
+
+
+@pytest.fixture
+def case():
+    return next(case for case in make_cases("nf4", "int8", None) if case.name == "4GiB")
+
+
+def result(entry, case, step_s, **figures):
+    rounds = [None if seconds is None else {"step_s": [seconds] * 4, **figures} for seconds in step_s]
+    return EntryResult(entry, file_bytes=case.shape.num_weights // 2, num_weights=case.shape.num_weights, rounds=rounds)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_has_medians_and_ratios_within_a_round(case):
+    theirs, ours = case.entries[:2]
+    both = CaseResult(
+        case,
+        [
+            result(theirs, case, [0.5, 1.0, 4.0], read_bytes=1 << 30, peak_bytes=4 << 30),
+            result(ours, case, [0.25, 0.25, 2.0], missed_bytes=1 << 29, read_bytes=1 << 30),
+        ],
+        Rates(disk=1 << 30, memory=1 << 50),
+    )
+    first, second = (cells(line) for line in decode_table([both]).splitlines()[2:])
+    assert first[1:] == ["llama.cpp, mmap", "Q4_0", "4.00", "1.00 (0.25-2.00)", "1.00", "1024", "4096", "1.00", "100%"]
+    # The ratios are 2, 4 and 2; the bound is that of what was missed.
+    assert second[1:] == ["moe-offload", "nf4", "4.00", "4.00 (0.50-4.00)", "2.00", "1024", "-", "2.00", "200%"]
+
+
+def test_memory_bounds_what_misses_nothing(case):
+    ours = result(case.entries[1], case, [1.0], missed_bytes=0)
+    active_bytes = case.shape.active_weights / 2
+    both = CaseResult(case, [ours], Rates(disk=1.0, memory=2 * active_bytes))
+    assert both.bound(ours) == pytest.approx(2.0, rel=1e-6)
+
+
+def test_a_failed_engine_leaves_the_others(case):
+    theirs, ours = case.entries[:2]
+    failed = result(theirs, case, [None, None])
+    failed.failure = "was killed"
+    table = decode_table([CaseResult(case, [failed, result(ours, case, [1.0, 1.0])], None)])
+    first, second = (cells(line) for line in table.splitlines()[2:])
+    assert first[4] == "failed: was killed"
+    assert (second[4], second[5]) == ("1.00 (1.00-1.00)", "-")
+
+
+def test_prefill_is_shown_where_it_was_measured(case):
+    entries = [
+        result(case.entries[0], case, [1.0], prefill_s=128.0),
+        result(case.entries[1], case, [1.0], prefill_s=16.0, prefill_read_bytes=3 << 20),
+    ]
+    line = prefill_table([CaseResult(case, entries, None)]).splitlines()[-1]
+    assert cells(line)[3:] == ["512", "32.00", "8.00", "3"]
+    without = next(case for case in make_cases("nf4", "int8", None) if case.name == "2GiB")
+    assert prefill_table([CaseResult(without, [result(without.entries[0], without, [1.0])], None)]) == ""
+
+
+def test_tables_replace_what_is_between_the_markers():
+    text = "before\n<!-- peers:begin -->\nold\n<!-- peers:end -->\nafter\n"
+    assert between_markers(text, "new") == "before\n<!-- peers:begin -->\nnew\n<!-- peers:end -->\nafter\n"
+    with pytest.raises(ValueError, match="no pair of markers"):
+        between_markers("nothing", "new")
+
+
+def test_three_bits_are_compared_with_three_bits():
+    cases = {case.name: case for case in make_cases("nf4", "int8", "int3")}
+    assert [entry.weights for entry in cases["2GiB"].entries] == ["Q4_0", "nf4", "Q3_K", "int3"]
+    assert cases["busy"].busy_processes == 1
+    assert all(len(set(case.entries)) == len(case.entries) for case in cases.values())
+
+
+def test_settings_tell_the_limit_to_us_and_not_to_peers(case, tmp_path):
+    theirs, ours = (settings(entry, case, tmp_path, RUN) for entry in case.entries[:2])
+    assert ours["limit_bytes"] == case.limit_bytes
+    assert not theirs["repack"]
+    assert "limit_bytes" not in theirs
+    assert settings(Entry("llama.cpp", "Q4_0", threads=1), case, tmp_path, RUN)["threads"] == 1
+
+
+def test_a_missing_peer_is_told_with_the_way_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(engines._MODULES, "fastllm", "no_such_module")
+    assert "pip install" in missing_reason("fastllm", sys.executable)
+    assert "does not run" in missing_reason("llama.cpp", str(tmp_path / "python"))
+    assert missing_reason("moe-offload", sys.executable) is None
+
+
+def test_the_child_of_an_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "HERE", tmp_path)
+    script = tmp_path / "llama_child.py"
+    script.write_text("import sys; print('noise'); print('{\"step_s\": [1.0]}'); print(sys.argv[1][:0])")
+    entry = Entry("llama.cpp", "Q4_0")
+    assert measure(entry, sys.executable, {}, 60) == {"step_s": [1.0]}
+    script.write_text("import sys; print('why'); sys.exit(3)")
+    with pytest.raises(EngineError, match=r"ended with 3\nwhy"):
+        measure(entry, sys.executable, {}, 60)
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(EngineError, match="killed, most likely for memory"):
+        measure(entry, sys.executable, {}, 60)
+    script.write_text("import time; time.sleep(60)")
+    with pytest.raises(EngineError, match="took more than"):
+        measure(entry, sys.executable, {}, 0.2)
