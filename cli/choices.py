@@ -11,3 +11,10 @@ def policies() -> tuple[str, ...]:
     from moe_offload.cache import policy_names
 
     return tuple(policy_names())
+
+
+def presets() -> tuple[str, ...]:
+    """The shapes that ``bench --like`` offers."""
+    from moe_offload.offload.bench.presets import preset_names
+
+    return preset_names()

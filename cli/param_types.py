@@ -43,6 +43,25 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+class SharesType(click.ParamType):  # type: ignore[type-arg]
+    """Shares of the experts: 25%,50%,100%."""
+
+    name = "shares"
+
+    def convert(
+        self, value: str | tuple[float, ...], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        shares = []
+        for text in value.split(","):
+            number = text.strip().removesuffix("%")
+            if not number.replace(".", "", 1).isdecimal() or not 0 < float(number) <= 100:
+                self.fail(f"{text!r} is not a share of the experts; write 50% or 25%,50%,100%", param, ctx)
+            shares.append(float(number) / 100)
+        return tuple(shares)
+
+
 class PrefetchType(click.ParamType):  # type: ignore[type-arg]
     """How many layers to look ahead: off, auto or a number."""
 

@@ -4,11 +4,19 @@ import copy
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    BatchEncoding,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from moe_offload.cache import StatsSnapshot
 from moe_offload.errors import ConfigError
@@ -16,6 +24,9 @@ from moe_offload.offload.experts.layer import StepState, StoppedError
 from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.reports import RunReport
+
+# Cache counts, bytes read, bytes copied, stall in seconds, and lookahead at one moment.
+Reading = tuple[StatsSnapshot, int, int, float, LookaheadCounts]
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
@@ -37,13 +48,37 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
         return torch.full((input_ids.shape[0],), self.stopped.is_set(), device=input_ids.device)
 
 
+class _Replay(LogitsProcessor):  # type: ignore[misc]
+    """Makes the next token the one that is given, whatever the model would say."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self._token_ids = iter(token_ids)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, next(self._token_ids)] = torch.inf
+        return scores
+
+
+class _WatchedClock(_Clock):
+    """Tells after every token how many there are."""
+
+    def __init__(self, watch: Callable[[int], None]) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self._watch(self.num_tokens)
+        return done
+
+
 class Meter:
     """What residency and lookahead have counted, and the difference between two moments."""
 
     def __init__(self, residency: Residency, lookahead: Lookahead) -> None:
         self.residency, self._lookahead = residency, lookahead
 
-    def read(self) -> tuple[StatsSnapshot, int, int, float, LookaheadCounts]:
+    def read(self) -> Reading:
         """Cache counts, bytes read, bytes copied to the device, stall and lookahead, now."""
         residency = self.residency
         return (
@@ -54,9 +89,14 @@ class Meter:
             self._lookahead.counts,
         )
 
-    def since(self, earlier: tuple[StatsSnapshot, int, int, float, LookaheadCounts], **times: Any) -> RunReport:
+    def since(self, earlier: Reading, **times: Any) -> RunReport:
         """The figures of what has happened since ``earlier``, with the tokens and times given."""
-        snapshot, bytes_read, bytes_copied, stall_s, lookahead = self.read()
+        return self.between(earlier, self.read(), **times)
+
+    @staticmethod
+    def between(earlier: Reading, later: Reading, **times: Any) -> RunReport:
+        """The same between two readings."""
+        snapshot, bytes_read, bytes_copied, stall_s, lookahead = later
         counts = snapshot.diff(earlier[0])
         return RunReport(
             hits=counts.total.hits,
@@ -202,6 +242,20 @@ class Generator:
             clock.stopped.set()
             thread.join()
 
+    def replay(self, prompt_ids: torch.Tensor, token_ids: list[int], watch: Callable[[int], None]) -> RunReport:
+        """Read a prompt ``[1, T]`` and write the tokens that are given, as an answer would be made: for benchmarks.
+
+        ``watch`` is called after every token with their number.
+        """
+        clock = _WatchedClock(watch)
+        with self._lock:
+            self._running.add(clock)
+        inputs = BatchEncoding({"input_ids": prompt_ids, "attention_mask": torch.ones_like(prompt_ids)})
+        greedy = {"max_new_tokens": len(token_ids), "temperature": None, "top_p": None, "top_k": None}
+        self._run(inputs, None, greedy, None, clock, [_Replay(token_ids)])
+        assert self.last_run is not None
+        return self.last_run
+
     def _begin(self) -> _Clock:
         """The clock of an answer, which `stop` reaches from now on."""
         clock = _Clock()
@@ -210,7 +264,13 @@ class Generator:
         return clock
 
     def _run(
-        self, inputs: Any, seed: int | None, sampling: dict[str, Any], streamer: Any, clock: _Clock
+        self,
+        inputs: Any,
+        seed: int | None,
+        sampling: dict[str, Any],
+        streamer: Any,
+        clock: _Clock,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> torch.Tensor:
         """The ids of the new tokens ``[n]``."""
         prompt_tokens = int(inputs["input_ids"].shape[1])
@@ -226,6 +286,7 @@ class Generator:
                     generation_config=config,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([clock]),
+                    logits_processor=LogitsProcessorList(processors),
                 )
         except StoppedError:  # in the prompt; or later, where a model without a cache is at all of its text again
             if streamer is not None:

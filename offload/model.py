@@ -170,7 +170,7 @@ class OffloadedModel:
             )
         give_freed_memory_back()
         manifest = read_manifest(folder)
-        config = _config(folder)
+        config = pack_config(folder)
         torch_dtype = _dtype(dtype, config)
         tokenizer = _tokenizer(folder)
         dense = DenseWeights(folder, manifest)
@@ -330,7 +330,7 @@ def _folder(model: str | PathLike[str]) -> Path:
         raise ConfigError(f"{str(model)!r}: {error}") from error
 
 
-def _config(folder: Path) -> Any:
+def pack_config(folder: Path) -> Any:
     """The config of a pack's model, which is never quantised: its experts are in slots, its dense part is plain."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

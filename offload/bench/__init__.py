@@ -1,0 +1,12 @@
+"""Measuring how fast a model decodes under a budget, and how near that is to what the machine allows.
+
+``run(synthetic_pack(Shape("mixtral-8x7b", layers=8)), cross(ram=["4GiB"]), Workload())`` is what ``moe-offload bench``
+does.
+"""
+
+from moe_offload.offload.bench.compare import run
+from moe_offload.offload.bench.packs import Shape, synthetic_pack
+from moe_offload.offload.bench.report import BenchReport, Row, RunFigures
+from moe_offload.offload.bench.settings import Setting, Workload, cross
+
+__all__ = ["BenchReport", "Row", "RunFigures", "Setting", "Shape", "Workload", "cross", "run", "synthetic_pack"]

@@ -1,0 +1,185 @@
+"""One run of one setting: load, decode, count. As a module it is a process of its own, told a `Job` as JSON."""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_offload.errors import MoeOffloadError
+from moe_offload.offload.bench.rates import expert_read_rate, kernel_read_rate, matrix_rate
+from moe_offload.offload.bench.report import MachineRates, RunFigures
+from moe_offload.offload.bench.settings import Job, Workload
+from moe_offload.offload.bench.traffic import prompt_operations, routed_expert_bytes, token_traffic
+from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.model import OffloadedModel, pack_config
+from moe_offload.offload.pack.manifest import PackManifest, read_manifest
+from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss_bytes, reset_peak_rss, rss_bytes
+from moe_offload.offload.planning.plan import make_plan
+from moe_offload.offload.planning.workspace import experts_per_token
+
+_UNLIMITED_BYTES = 1 << 60
+_POLL_S, _STUCK_S = 0.005, 5.0
+
+
+def measure(job: Job) -> RunFigures:
+    """Run the job in this process; the rates are measured before the model is loaded and after it is closed."""
+    workload, folder = job.workload, Path(job.pack)
+    if workload.threads is not None:
+        torch.set_num_threads(workload.threads)
+    give_freed_memory_back()
+    manifest, config = read_manifest(folder), pack_config(folder)
+    rates = _rates(job, manifest, config)
+    ram = job.setting.ram if job.setting.resident is None else _ram_bytes(folder, manifest, config, job)
+    base_bytes = rss_bytes()
+    has_peak = reset_peak_rss()
+    begin_s = time.perf_counter()
+    with OffloadedModel.from_pretrained(
+        folder,
+        device="cpu",
+        ram=ram or "auto",
+        context_tokens=workload.context_tokens,
+        policy=job.setting.policy,
+        prefetch=job.setting.prefetch,
+    ) as model:
+        load_s = time.perf_counter() - begin_s
+        _fill_slots(model)
+        counts = _prefill(model, workload) if workload.kind == "prefill" else _decode(model, workload, job.repeat)
+        context_tokens = workload.context_tokens - workload.new_tokens // 2
+        traffic = token_traffic(model.model, model.manifest, context_tokens=context_tokens)
+        operations = prompt_operations(model.model, model.manifest, workload.prompt_tokens)
+        peak_bytes = (peak_rss_bytes() or 0) - base_bytes if has_peak else None
+        plan = model.plan
+    return RunFigures(
+        ram_bytes=plan.ram_bytes,
+        resident_share=plan.resident_share,
+        load_s=load_s,
+        peak_bytes=peak_bytes,
+        expert_bytes_per_token=traffic.expert_bytes,
+        dense_bytes_per_token=traffic.dense_bytes,
+        kv_bytes_per_token=traffic.kv_bytes,
+        operations=operations if workload.kind == "prefill" else None,
+        rates=rates.best(_rates(job, manifest, config)),
+        **counts,
+    )
+
+
+def _fill_slots(model: OffloadedModel) -> None:
+    """Read experts into every slot, so that no run is timed while its cache is still empty."""
+    cache = model._residency.cache
+    for layer_idx, num_slots in enumerate(model.plan.num_slots):
+        model._residency.prefetch(layer_idx, range(num_slots))
+    progress_bytes, since_s = -1, time.perf_counter()
+    while sum(len(cache.resident(layer_idx)) for layer_idx in range(cache.num_layers)) < sum(model.plan.num_slots):
+        if (bytes_read := model._residency.bytes_read) > progress_bytes:
+            progress_bytes, since_s = bytes_read, time.perf_counter()
+        elif time.perf_counter() - since_s > _STUCK_S:  # a failed read; decoding will meet it and say so
+            return
+        time.sleep(_POLL_S)
+
+
+def _decode(model: OffloadedModel, workload: Workload, repeat: int) -> dict[str, Any]:
+    """A prompt, warm-up tokens, and the tokens that count."""
+    times_s: list[float] = []
+    first = 1 + workload.warmup_tokens  # the prompt gives the first token
+    marks: list[Any] = []
+
+    def watch(num_tokens: int) -> None:
+        times_s.append(time.perf_counter())
+        if num_tokens in (first, first + workload.new_tokens):
+            marks.append(model._meter.read())
+
+    token_ids = _random_ids(model, first + workload.new_tokens, workload.seed + 1)
+    prompt_ids = torch.tensor([_random_ids(model, workload.prompt_tokens, workload.seed)])
+    whole = model._generator.replay(prompt_ids, token_ids, watch)
+    report = model._meter.between(*marks)
+    steps_s = [after - before for before, after in zip(times_s[first - 1 :], times_s[first:], strict=False)]
+    return _counts(report) | {
+        "time_to_first_token_s": whole.time_to_first_token_s,
+        "tokens": workload.new_tokens,
+        "elapsed_s": times_s[-1] - times_s[first - 1],
+        "median_step_s": statistics.median(steps_s),
+    }
+
+
+def _prefill(model: OffloadedModel, workload: Workload) -> dict[str, Any]:
+    """Two prompts to their first token, of which the second counts: by then the cache is full."""
+    for seed in (workload.seed, workload.seed + 1):
+        prompt_ids = torch.tensor([_random_ids(model, workload.prompt_tokens, seed)])
+        report = model._generator.replay(prompt_ids, _random_ids(model, 1, seed), lambda num_tokens: None)
+    return _counts(report) | {
+        "time_to_first_token_s": report.time_to_first_token_s,
+        "tokens": workload.prompt_tokens,
+        "elapsed_s": report.time_to_first_token_s,
+        "median_step_s": None,
+    }
+
+
+def _counts(report: Any) -> dict[str, Any]:
+    names = ("hit_ratio", "bytes_read", "stall_s", "prefetch_recall", "prefetch_issued", "prefetch_wasted")
+    return {name: getattr(report, name) for name in names}
+
+
+def _random_ids(model: OffloadedModel, count: int, seed: int) -> list[int]:
+    """Tokens of the vocabulary, none of which ends a text."""
+    vocabulary = int(model.model.config.get_text_config(decoder=True).vocab_size)
+    ends = model.model.generation_config.eos_token_id
+    ending = {ends} if isinstance(ends, int) else set(ends or ())
+    ids = torch.randint(vocabulary, (2 * count + 16,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [token_id for token_id in ids if token_id not in ending][:count]
+
+
+def _rates(job: Job, manifest: PackManifest, config: Any) -> MachineRates:
+    disk, direct = expert_read_rate(manifest, Path(job.pack), seed=job.repeat)
+    memory = kernel_read_rate(routed_expert_bytes(manifest, config) + manifest.dense_bytes)
+    matrix = None
+    if job.workload.kind == "prefill":
+        shape = max(part.shape for layer in manifest.layers for part in layer.parts if len(part.shape) == 2)
+        matrix = matrix_rate(job.workload.prompt_tokens, (shape[0], shape[1]))
+    return MachineRates(memory.bytes_per_s, disk.bytes_per_s, direct, matrix)
+
+
+def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job) -> int:
+    """The budget with which the share of every layer's experts that the setting asks for is resident."""
+    assert job.setting.resident is not None
+    dtype = config.dtype or torch.bfloat16
+    dense = DenseWeights(folder, manifest)
+    try:
+        plan = make_plan(
+            manifest,
+            config,
+            device="cpu",
+            ram_bytes=_UNLIMITED_BYTES,
+            vram_bytes=None,
+            context_tokens=job.workload.context_tokens,
+            dtype_bytes=dtype.itemsize,
+            top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(manifest.layers),
+            resident_dense_bytes=dense.resident_bytes(dtype),
+        )
+    finally:
+        dense.close()
+    return plan.total_bytes("RAM") - sum(
+        (layer.num_experts - max(1, round(job.setting.resident * layer.num_experts))) * layer.slot_bytes
+        for layer in manifest.layers
+    )
+
+
+def main() -> None:
+    """Read a job from the standard input; write its figures, or the error that a user can act on, to the output."""
+    job = Job.from_dict(json.load(sys.stdin))
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        answer: dict[str, Any] = {"run": measure(job).to_dict()}
+    except MoeOffloadError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

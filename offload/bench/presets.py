@@ -1,0 +1,131 @@
+"""Shapes of published models, by the values of their ``config.json`` on the Hugging Face hub."""
+
+from typing import TYPE_CHECKING, Any
+
+from moe_offload.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Only what transformers' configuration classes do not have as their default.
+PRESETS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {  # mistralai/Mixtral-8x7B-v0.1
+        "model_type": "mixtral",
+        "max_position_embeddings": 32768,
+    },
+    "qwen3-30b-a3b": {  # Qwen/Qwen3-30B-A3B
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 48,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    },
+    "deepseek-v2-lite": {  # deepseek-ai/DeepSeek-V2-Lite
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 163840,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 40.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    "gpt-oss-20b": {  # openai/gpt-oss-20b
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+    },
+    "olmoe-1b-7b": {  # allenai/OLMoE-1B-7B-0924
+        "model_type": "olmoe",
+        "intermediate_size": 1024,
+    },
+}
+# The format that a model is best known in; the others are published in bf16.
+PUBLISHED_FORMATS = {"gpt-oss-20b": "mxfp4"}
+DEFAULT_FORMAT = "nf4"
+# Under which names configurations hold these numbers.
+_OVERRIDES = {
+    "layers": ("num_hidden_layers",),
+    "experts": ("num_local_experts", "n_routed_experts", "num_experts"),
+    "top_k": ("num_experts_per_tok",),
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """What ``--like`` offers."""
+    return tuple(PRESETS)
+
+
+def preset_config(
+    name: str, *, layers: int | None = None, experts: int | None = None, top_k: int | None = None
+) -> "PreTrainedConfig":
+    """The configuration of a preset, with other numbers of layers, experts, or experts a token where given."""
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+    return _overridden(dict(PRESETS[name]), layers=layers, experts=experts, top_k=top_k)
+
+
+def config_like(
+    values: dict[str, Any], *, layers: int | None = None, experts: int | None = None, top_k: int | None = None
+) -> "PreTrainedConfig":
+    """The same from the values of a ``config.json``."""
+    if not isinstance(values.get("model_type"), str):
+        raise ConfigError("the configuration has no model_type; give a config.json as checkpoints have it")
+    return _overridden(dict(values), layers=layers, experts=experts, top_k=top_k)
+
+
+def _overridden(values: dict[str, Any], **numbers: int | None) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    model_type = values.pop("model_type")
+    values.pop("quantization_config", None)
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"transformers cannot make a configuration of {model_type}: {error}") from error
+    decoder = config.get_text_config(decoder=True)
+    for what, number in numbers.items():
+        if number is None:
+            continue
+        names = [name for name in _OVERRIDES[what] if getattr(decoder, name, None) is not None]
+        if not names:
+            raise ConfigError(f"a configuration of {model_type} has no number of {what.replace('_', '-')} to change")
+        for name in names:
+            setattr(decoder, name, number)
+        if what == "layers" and getattr(decoder, "layer_types", None):
+            decoder.layer_types = (list(decoder.layer_types) * number)[:number]
+    _check(decoder)
+    config.dtype = "bfloat16"
+    return config
+
+
+def _check(decoder: Any) -> None:
+    experts = next(
+        (value for name in _OVERRIDES["experts"] if isinstance(value := getattr(decoder, name, None), int)), None
+    )
+    top_k = getattr(decoder, "num_experts_per_tok", None)
+    if experts is not None and isinstance(top_k, int) and not 0 < top_k <= experts:
+        raise ConfigError(f"{top_k} experts a token of {experts}: choose 1 to {experts} with --top-k or more --experts")
+    dense_layers = getattr(decoder, "first_k_dense_replace", 0) or 0
+    if decoder.num_hidden_layers <= dense_layers:
+        raise ConfigError(
+            f"{decoder.num_hidden_layers} layers, of which the first {dense_layers} have no experts; "
+            f"use --layers {dense_layers + 1} or more"
+        )
