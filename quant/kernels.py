@@ -15,7 +15,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.quant import reference
 from moe_offload.quant.layout import PackedLayout
 
-_ABI = 1
+_ABI = 2
 _ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
 _TORCH = "torch"
 _ISA_NAMES = ("portable", "avx2", "avx512", "neon")  # indices are the library's
@@ -69,12 +69,14 @@ def _library() -> ctypes.CDLL | None:
         path = Path(__file__).with_name("_kernels" + suffix)
         if path.exists():
             library = ctypes.CDLL(str(path))
+            # an older build beside newer Python code must not be called
+            if library.moe_offload_abi() != _ABI:
+                return None
             library.moe_offload_isa.restype = ctypes.c_char_p
             library.moe_offload_dequantize.restype = None
             library.moe_offload_read.restype = ctypes.c_uint64
             library.moe_offload_moe_layer.argtypes = _MOE_LAYER_ARGUMENTS
-            # an older build beside newer Python code must not be called
-            return library if library.moe_offload_abi() == _ABI else None
+            return library
     return None
 
 

@@ -34,7 +34,7 @@ int64_t piece_rows(const PackedWeight& weight, int64_t multiple_of) {
 const KernelSet& kernel_set_of(int isa) { return *kernel_sets()[isa]; }
 
 // Changes whenever a signature or struct here does: a stale build is refused instead of called.
-EXPORT int moe_offload_abi() { return 1; }
+EXPORT int moe_offload_abi() { return 2; }
 
 // The name of instruction set `isa` (0 portable, 1 avx2, 2 avx512, 3 neon), or null if it cannot run here.
 EXPORT const char* moe_offload_isa(int isa) {
