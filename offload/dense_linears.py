@@ -6,6 +6,9 @@ import torch
 from torch import nn
 
 from moe_offload.quant import Format, get_format
+from moe_offload.quant.blocked import BlockedFormat
+from moe_offload.quant.raw import RawFormat
+from moe_offload.quant.step import PackedProjection, RawWeight
 
 SOURCE = "source"
 MIN_DIMENSION = 64
@@ -52,6 +55,16 @@ class PackedLinear(nn.Module):
         """The dequantised weight, for modules that multiply with it themselves; a fresh tensor at every call."""
         packed: Any = self.packed
         return self.format.dequantize(packed, (self.out_features, self.in_features), self.compute_dtype)
+
+    def projection(self) -> PackedProjection | RawWeight:
+        """What kernels need to compute with the layer themselves."""
+        packed: Any = self.packed
+        shape = (self.out_features, self.in_features)
+        bias = None if self.bias is None else self.bias.detach()
+        if isinstance(self.format, BlockedFormat):
+            return PackedProjection(packed, self.format.layout(shape), self.format.code, bias)
+        assert isinstance(self.format, RawFormat), "a format is blocked or raw"
+        return RawWeight(self.format.view(packed, shape), bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``x [..., in] @ weight.T + bias``."""

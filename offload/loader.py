@@ -10,6 +10,7 @@ from torch import nn
 from moe_offload.cache import ExpertCache
 from moe_offload.errors import ConfigError, PackCorruptError
 from moe_offload.offload.checkpoint.transformers_loading import build_model
+from moe_offload.offload.decode.choice import fuse_decode_step
 from moe_offload.offload.dense_linears import replace_packed_linears
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.containers import ExpertContainer, find_expert_containers
@@ -100,5 +101,6 @@ def load_model(
         raise PackCorruptError(f"the pack lacks {len(missing)} dense weights, first {missing[0]}; {REPACK}")
     model.requires_grad_(False)  # slots are overwritten: what a backward pass would find in them is not what ran
     model.save_pretrained = model.push_to_hub = _refuse_saving
+    fuse_decode_step(model, device)
     _track_phase(model, step)
     return LoadedModel(model, residency, step)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,12 @@ def _call() -> tuple[ctypes.CDLL, int]:
     library = _library()
     assert library is not None
     return library, _ISA_NAMES.index(_chosen())
+
+
+def entry(name: str) -> tuple[Any, int]:
+    """A function of the library, and the instruction set that it takes first."""
+    library, isa = _call()
+    return getattr(library, name), isa
 
 
 def packed_weight(packed: Tensor, layout: PackedLayout, code: int) -> PackedWeight:

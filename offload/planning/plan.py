@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 from transformers import PreTrainedConfig
 
 from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.pack.manifest import LayerLayout
 from moe_offload.offload.planning.kv_cache import kv_cache_bytes
 from moe_offload.offload.planning.sizes import format_size
@@ -223,8 +224,12 @@ class _Demand:
         self.chunk_tokens = prefill_chunk_tokens(
             config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, expert_rows=expert_rows
         )
+        spare_tokens = SPARE_TOKENS if device == "cpu" else 0
         self.kv_bytes = kv_cache_bytes(
-            config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, chunk_tokens=self.chunk_tokens
+            config,
+            context_tokens=context_tokens + spare_tokens,
+            dtype_bytes=dtype_bytes,
+            chunk_tokens=self.chunk_tokens,
         )
         self.workspace_bytes = workspace_bytes(
             config,

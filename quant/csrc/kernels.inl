@@ -2,10 +2,12 @@
 #include "quantize.inl"
 #include "dequantize.inl"
 #include "linear.inl"
+#include "step.inl"
 #include "activation.inl"
 
 inline const KernelSet& kernel_set(const char* name) {
     static const KernelSet kernels = {name,    quantize_rows, dequantize_rows, prepared_bytes,
-                                      prepare, linear_rows,   read_bytes,      activate};
+                                      prepare, linear_rows,   read_bytes,      activate,
+                                      &step_kernels()};
     return kernels;
 }

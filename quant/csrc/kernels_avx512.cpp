@@ -1,12 +1,15 @@
 // AVX-512 (F, BW, VL, DQ), 16 lanes.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "packed.h"
 #include "scalar.h"
+#include "step.h"
 #include "tables.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)

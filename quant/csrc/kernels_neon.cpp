@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "packed.h"
 #include "scalar.h"
+#include "step.h"
 #include "tables.h"
 
 #if defined(__aarch64__) && defined(__GNUC__)

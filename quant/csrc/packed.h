@@ -40,6 +40,8 @@ struct PreparedInput {
     int32_t x_dtype;  // DType of the activations before
 };
 
+struct StepKernels;  // step.h
+
 struct KernelSet {
     const char* name;
     int (*quantize_rows)(const PackedWeight&, const Matrix& source, int64_t row_begin, int64_t row_end);
@@ -54,6 +56,7 @@ struct KernelSet {
     // out[first + i], i < count, from the gates and ups there; up is null where there are gates alone
     void (*activate)(const Activation&, const float* gate, int64_t count, const float* up, const Matrix& out,
                      int64_t first);
+    const StepKernels* step;
 };
 
 // That of a number as moe_offload_isa takes it.

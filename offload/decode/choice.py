@@ -1,0 +1,32 @@
+"""Whether the dense part of a decode step runs in the kernels or as transformers wrote it."""
+
+import os
+
+import torch
+from torch import nn
+
+from moe_offload.errors import ConfigError
+from moe_offload.offload.decode.attention import fuse_attention
+from moe_offload.offload.decode.linears import fuse_linears
+from moe_offload.offload.decode.norms import fuse_norms
+from moe_offload.quant import backend_name
+
+_ENVIRONMENT = "MOE_OFFLOAD_DENSE"
+_MODES = ("fused", "eager")
+
+
+def dense_mode() -> str:
+    """ "fused", or "eager" where the environment says so or no kernels were built."""
+    asked = os.environ.get(_ENVIRONMENT, _MODES[0])
+    if asked not in _MODES:
+        raise ConfigError(f"{_ENVIRONMENT}={asked} is not known; use {' or '.join(_MODES)}")
+    return asked if backend_name() != "torch" else "eager"
+
+
+def fuse_decode_step(model: nn.Module, device: torch.device) -> None:
+    """Give the model's modules their fast forwards for few rows; what those cannot take goes the old way."""
+    if device.type != "cpu" or dense_mode() == "eager":
+        return
+    fuse_norms(model)
+    fuse_linears(model)
+    fuse_attention(model)
