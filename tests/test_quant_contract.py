@@ -160,6 +160,57 @@ def test_rows_do_not_depend_on_what_is_computed_beside_them(spec, backend):
             assert torch.equal(fmt.linear(x[token : token + 1], packed, shape)[0], expected[token])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["int8", "nf4", "int4", "mxfp4", "bnb-fp4-32"])
+def test_activations_are_held_to_a_fraction_of_their_groups_largest(spec, dtype, backend):
+    """Within a group of columns, to 2^-15 of its largest; an outlier costs its own group alone."""
+    if backend == "torch":
+        pytest.skip("plain torch rounds weights to bf16 instead")
+    fmt = get_format(spec)
+    shape = (33, 384)
+    values = fmt.dequantize(packed := fmt.quantize(random(*shape)), shape, torch.float32).double()
+    x = random(5, 384, seed=1) * torch.logspace(-4, 0, 384)[torch.randperm(384)]
+    x[:, 70] = 3e4
+    x = x.to(dtype)
+    error = (fmt.linear(x, packed, shape, torch.float32).double() - x.double() @ values.T).abs()
+    groups = torch.unflatten(x.double().abs(), 1, (-1, 64)).amax(dim=-1)  # [T, K/64]
+    weights = torch.unflatten(values.abs(), 1, (-1, 64)).sum(dim=-1)  # [N, K/64]
+    # nf4's sixteen numbers are integers too: 4e-5 of the largest at most, so of any 1/0.4 of that
+    table = 4e-5 * 2.5 if "nf4" in spec else 0.0
+    allowed = (groups @ weights.T) * 2**-15 + (x.double().abs() @ values.abs().T) * (1e-6 + table)
+    assert bool((error <= allowed).all())
+    # where activations lie within 1/16 of each other, and weights are integers, nothing is lost but fp32's sums
+    x = (random(5, 384, seed=2).abs() + 0.3).clamp(max=4).to(dtype)
+    error = (fmt.linear(x, packed, shape, torch.float32).double() - x.double() @ values.T).abs()
+    assert bool((error <= (x.double() @ values.abs().T) * (1e-6 + table)).all())
+
+
+@pytest.mark.parametrize("spec", CODED)
+def test_activations_that_are_not_finite_show(spec, backend):
+    fmt = get_format(spec)
+    shape = shapes_of(fmt)[1]
+    packed = fmt.quantize(random(*shape))
+    for bad, dtype in product((float("nan"), float("inf"), float("-inf")), DTYPES):
+        x = random(3, shape[1], seed=1).to(dtype)
+        x[1, shape[1] // 2] = bad
+        out = fmt.linear(x, packed, shape)
+        assert not bool(out[1].isfinite().any())
+        assert bool(out[0].isfinite().all())
+
+
+@pytest.mark.parametrize("spec", CODED)
+def test_tiny_and_large_activations(spec, backend):
+    fmt = get_format(spec)
+    shape = shapes_of(fmt)[1]
+    packed = fmt.quantize(random(*shape))
+    values = fmt.dequantize(packed, shape, torch.float32).double()
+    for magnitude in (1e-40, 1e-30, 1e-10, 1e10, 1e30):
+        x = (random(3, shape[1], seed=1) * magnitude).to(torch.bfloat16)
+        out = fmt.linear(x, packed, shape, torch.float32).double()
+        allowed = 5e-3 * (x.double().abs() @ values.abs().T) + 2**-115 * values.abs().sum(dim=1)
+        assert bool(((out - x.double() @ values.T).abs() <= allowed).all()), magnitude
+
+
 @pytest.mark.parametrize("spec", CODED)
 def test_zeros_stay_zeros(spec, backend):
     fmt = get_format(spec)

@@ -32,6 +32,11 @@ struct V {
     struct Table {
         __m256 low, high;
     };
+    using Shorts = __m256i;
+    using Ints = __m256i;
+    struct ShortTable {
+        __m256i low, high;  // bytes
+    };
 
     static ALWAYS_INLINE Floats zero() { return _mm256_setzero_ps(); }
     static ALWAYS_INLINE Floats set1(float value) { return _mm256_set1_ps(value); }
@@ -53,6 +58,11 @@ struct V {
 
     static ALWAYS_INLINE Words words(const uint8_t* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static ALWAYS_INLINE Words words(const uint8_t* p, int64_t num_bytes) {
+        uint8_t some[32] = {};
+        std::memcpy(some, p, static_cast<size_t>(num_bytes));
+        return words(some);
     }
     static ALWAYS_INLINE Words bytes(const uint8_t* p) {
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -86,6 +96,21 @@ struct V {
     static ALWAYS_INLINE Floats f16(const uint16_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p, int64_t count) {
+        uint16_t some[kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(count) * 2);
+        return f16(some);
+    }
+    // 2^(exponent - 127), by its bits; the smallest lies below the normal numbers
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p) {
+        const __m256i exponents = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_slli_epi32(exponents, 23), _mm256_set1_epi32(1 << 22)));
+    }
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p, int64_t count) {
+        uint8_t some[kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(count));
+        return e8m0(some);
+    }
     static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats v) {
         const __m256i bits = _mm256_castps_si256(v);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -96,6 +121,43 @@ struct V {
     }
     static ALWAYS_INLINE void store_f16(uint16_t* p, Floats v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+
+    static ALWAYS_INLINE ShortTable short_table(const int16_t* values) {
+        uint8_t low[16], high[16];
+        for (int i = 0; i < 16; i++) {
+            low[i] = static_cast<uint8_t>(values[i] & 0xFF);
+            high[i] = static_cast<uint8_t>(values[i] >> 8 & 0xFF);
+        }
+        return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+                _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high)))};
+    }
+    // low nibbles, then high ones; of each the even eights of bytes, then the odd ones
+    static ALWAYS_INLINE void lookup_nibbles(const ShortTable& table, Words words, Shorts* values) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        const __m256i nibbles[2] = {_mm256_and_si256(words, mask), _mm256_and_si256(_mm256_srli_epi16(words, 4), mask)};
+        for (int i = 0; i < 2; i++) {
+            const __m256i low = _mm256_shuffle_epi8(table.low, nibbles[i]);
+            const __m256i high = _mm256_shuffle_epi8(table.high, nibbles[i]);
+            values[2 * i] = _mm256_unpacklo_epi8(low, high);
+            values[2 * i + 1] = _mm256_unpackhi_epi8(low, high);
+        }
+    }
+    static int nibble_at(int step, int lane) { return 2 * (lane / 8 * 16 + step % 2 * 8 + lane % 8) + step / 2; }
+    static ALWAYS_INLINE Shorts shorts(const int16_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static ALWAYS_INLINE Shorts widen_int8(const uint8_t* p) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static ALWAYS_INLINE Ints dot(Shorts a, Shorts b) { return _mm256_madd_epi16(a, b); }
+    static ALWAYS_INLINE Ints dot(Ints sums, Shorts a, Shorts b) {
+        return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+    }
+    static ALWAYS_INLINE Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+    template <int kCount>
+    static ALWAYS_INLINE void permute(const int16_t* from, const uint16_t* order, int16_t* to) {
+        for (int i = 0; i < kCount; i++) to[i] = from[order[i]];
     }
 
     // the scales of kGroups groups over the lanes that hold each

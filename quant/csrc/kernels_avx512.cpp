@@ -31,6 +31,9 @@ struct V {
     using Floats = __m512;
     using Words = __m512i;
     using Table = __m512;
+    using Shorts = __m512i;
+    using Ints = __m512i;
+    using ShortTable = __m512i;
 
     static ALWAYS_INLINE Floats zero() { return _mm512_setzero_ps(); }
     static ALWAYS_INLINE Floats set1(float value) { return _mm512_set1_ps(value); }
@@ -47,6 +50,9 @@ struct V {
     }
 
     static ALWAYS_INLINE Words words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    static ALWAYS_INLINE Words words(const uint8_t* p, int64_t num_bytes) {
+        return _mm512_maskz_loadu_epi8(~0ull >> (64 - num_bytes), p);
+    }
     static ALWAYS_INLINE Words bytes(const uint8_t* p) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
@@ -73,6 +79,20 @@ struct V {
     static ALWAYS_INLINE Floats f16(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p, int64_t count) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+    }
+    // 2^(exponent - 127), by its bits; the smallest lies below the normal numbers
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p) {
+        return e8m0(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p, int64_t count) {
+        return e8m0(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), p));
+    }
+    static ALWAYS_INLINE Floats e8m0(__m128i exponents) {
+        const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(exponents), 23);
+        return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(1 << 22)));
+    }
     // vcvtneps2bf16 would flush numbers below the normal ones, so rounding is done on the bits
     static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats v) {
         const __m512i bits = _mm512_castps_si512(v);
@@ -84,11 +104,46 @@ struct V {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
 
+    static ALWAYS_INLINE ShortTable short_table(const int16_t* values) {
+        return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    }
+    // vpermw looks at the low five bits of each index: the table is there twice, and no mask is needed
+    static ALWAYS_INLINE void lookup_nibbles(const ShortTable& table, Words words, Shorts* values) {
+        values[0] = _mm512_permutexvar_epi16(words, table);
+        values[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+        values[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+        values[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+    }
+    static int nibble_at(int step, int lane) { return 4 * lane + step; }
+    static ALWAYS_INLINE Shorts shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
+    static ALWAYS_INLINE Shorts widen_int8(const uint8_t* p) {
+        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static ALWAYS_INLINE Ints dot(Shorts a, Shorts b) { return _mm512_madd_epi16(a, b); }
+    static ALWAYS_INLINE Ints dot(Ints sums, Shorts a, Shorts b) {
+        return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+    }
+    static ALWAYS_INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+    // to[i] = from[order[i]]; two vectors of two registers each are looked at, and bit 6 picks between them
+    template <int kCount>
+    static ALWAYS_INLINE void permute(const int16_t* from, const uint16_t* order, int16_t* to) {
+        static_assert(kCount == 128, "four vectors");
+        const __m512i a = shorts(from), b = shorts(from + 32), c = shorts(from + 64), d = shorts(from + 96);
+        for (int i = 0; i < kCount; i += 32) {
+            const __m512i index = _mm512_loadu_si512(order + i);
+            const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+            const __m512i low = _mm512_permutex2var_epi16(a, index, b);
+            _mm512_storeu_si512(to + i, _mm512_mask_blend_epi16(upper, low, _mm512_permutex2var_epi16(c, index, d)));
+        }
+    }
+
     // the scales of kGroups groups over the lanes that hold each
     template <int kGroups>
     static ALWAYS_INLINE Floats spread(const float* scales) {
-        static_assert(kGroups == 2 || kGroups == 4, "groups of 64 or 32 codes");
-        if constexpr (kGroups == 2) {
+        static_assert(kGroups == 1 || kGroups == 2 || kGroups == 4, "groups of 64 or 32 codes");
+        if constexpr (kGroups == 1) {
+            return _mm512_set1_ps(scales[0]);
+        } else if constexpr (kGroups == 2) {
             return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(scales[0]), _mm512_set1_ps(scales[1]));
         } else {
             const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);

@@ -23,6 +23,9 @@ struct V {
     using Floats = float32x4_t;
     using Words = uint32x4_t;
     using Table = uint8x16x4_t;
+    using Shorts = int16x8_t;
+    using Ints = int32x4_t;
+    using ShortTable = uint8x16x2_t;  // low bytes, high bytes
 
     static ALWAYS_INLINE Floats zero() { return vdupq_n_f32(0.0f); }
     static ALWAYS_INLINE Floats set1(float value) { return vdupq_n_f32(value); }
@@ -38,6 +41,11 @@ struct V {
     static ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
     static ALWAYS_INLINE Words words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+    static ALWAYS_INLINE Words words(const uint8_t* p, int64_t num_bytes) {
+        uint8_t some[16] = {};
+        std::memcpy(some, p, static_cast<size_t>(num_bytes));
+        return words(some);
+    }
     static ALWAYS_INLINE Words bytes(const uint8_t* p) {
         const uint32_t lanes[4] = {p[0], p[1], p[2], p[3]};
         return vld1q_u32(lanes);
@@ -69,6 +77,20 @@ struct V {
     }
     static ALWAYS_INLINE Floats bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
     static ALWAYS_INLINE Floats f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p, int64_t count) {
+        uint16_t some[kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(count) * 2);
+        return f16(some);
+    }
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p) {
+        const float lanes[4] = {e8m0_to_float(p[0]), e8m0_to_float(p[1]), e8m0_to_float(p[2]), e8m0_to_float(p[3])};
+        return vld1q_f32(lanes);
+    }
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p, int64_t count) {
+        uint8_t some[kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(count));
+        return e8m0(some);
+    }
     static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats v) {
         const uint32x4_t bits = vreinterpretq_u32_f32(v);
         const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
@@ -76,6 +98,37 @@ struct V {
         vst1_u16(p, vmovn_u32(vshrq_n_u32(rounded, 16)));
     }
     static ALWAYS_INLINE void store_f16(uint16_t* p, Floats v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+
+    static ALWAYS_INLINE ShortTable short_table(const int16_t* values) {
+        return vld2q_u8(reinterpret_cast<const uint8_t*>(values));
+    }
+    // low nibbles, then high ones; of each the first eight bytes, then the others
+    static ALWAYS_INLINE void lookup_nibbles(const ShortTable& table, Words words, Shorts* values) {
+        const uint8x16_t bytes = vreinterpretq_u8_u32(words);
+        const uint8x16_t nibbles[2] = {vandq_u8(bytes, vdupq_n_u8(15)), vshrq_n_u8(bytes, 4)};
+        for (int i = 0; i < 2; i++) {
+            const uint8x16_t low = vqtbl1q_u8(table.val[0], nibbles[i]);
+            const uint8x16_t high = vqtbl1q_u8(table.val[1], nibbles[i]);
+            values[2 * i] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
+            values[2 * i + 1] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
+        }
+    }
+    static int nibble_at(int step, int lane) { return 2 * (step % 2 * 8 + lane) + step / 2; }
+    static ALWAYS_INLINE Shorts shorts(const int16_t* p) { return vld1q_s16(p); }
+    static ALWAYS_INLINE Shorts widen_int8(const uint8_t* p) {
+        return vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(p)));
+    }
+    static ALWAYS_INLINE Ints dot(Shorts a, Shorts b) {
+        return vmlal_high_s16(vmull_s16(vget_low_s16(a), vget_low_s16(b)), a, b);
+    }
+    static ALWAYS_INLINE Ints dot(Ints sums, Shorts a, Shorts b) {
+        return vmlal_high_s16(vmlal_s16(sums, vget_low_s16(a), vget_low_s16(b)), a, b);
+    }
+    static ALWAYS_INLINE Floats to_floats(Ints v) { return vcvtq_f32_s32(v); }
+    template <int kCount>
+    static ALWAYS_INLINE void permute(const int16_t* from, const uint16_t* order, int16_t* to) {
+        for (int i = 0; i < kCount; i++) to[i] = from[order[i]];
+    }
 
     // a chunk holds one group at most
     template <int kGroups>

@@ -26,6 +26,15 @@ struct V {
     struct Table {
         const float* values;
     };
+    struct Shorts {
+        int16_t lane[2 * kLanes];
+    };
+    struct Ints {
+        int32_t lane[kLanes];
+    };
+    struct ShortTable {
+        const int16_t* values;
+    };
 
     template <class Lane>
     static ALWAYS_INLINE Floats each(Lane lane) {
@@ -68,6 +77,11 @@ struct V {
         }
         return result;
     }
+    static ALWAYS_INLINE Words words(const uint8_t* p, int64_t num_bytes) {
+        uint8_t some[4 * kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(num_bytes));
+        return words(some);
+    }
     static ALWAYS_INLINE Words bytes(const uint8_t* p) {
         Words result;
         for (int i = 0; i < kLanes; i++) result.lane[i] = p[i];
@@ -97,11 +111,59 @@ struct V {
     static ALWAYS_INLINE Floats f16(const uint16_t* p) {
         return each([&](int i) { return f16_to_float(p[i]); });
     }
+    static ALWAYS_INLINE Floats f16(const uint16_t* p, int64_t count) {
+        uint16_t some[kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(count) * 2);
+        return f16(some);
+    }
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p) {
+        return each([&](int i) { return e8m0_to_float(p[i]); });
+    }
+    static ALWAYS_INLINE Floats e8m0(const uint8_t* p, int64_t count) {
+        uint8_t some[kLanes] = {};
+        std::memcpy(some, p, static_cast<size_t>(count));
+        return e8m0(some);
+    }
     static ALWAYS_INLINE void store_bf16(uint16_t* p, const Floats& v) {
         for (int i = 0; i < kLanes; i++) p[i] = float_to_bf16(v.lane[i]);
     }
     static ALWAYS_INLINE void store_f16(uint16_t* p, const Floats& v) {
         for (int i = 0; i < kLanes; i++) p[i] = float_to_f16(v.lane[i]);
+    }
+
+    static ALWAYS_INLINE ShortTable short_table(const int16_t* values) { return {values}; }
+    static ALWAYS_INLINE void lookup_nibbles(const ShortTable& table, const Words& words, Shorts* values) {
+        for (int step = 0; step < 4; step++) {
+            for (int i = 0; i < 2 * kLanes; i++) {
+                values[step].lane[i] = table.values[words.lane[i / 2] >> (i % 2 * 16 + step * 4) & 15];
+            }
+        }
+    }
+    static int nibble_at(int step, int lane) { return 4 * lane + step; }
+    static ALWAYS_INLINE Shorts shorts(const int16_t* p) {
+        Shorts result;
+        std::memcpy(result.lane, p, sizeof(result.lane));
+        return result;
+    }
+    static ALWAYS_INLINE Shorts widen_int8(const uint8_t* p) {
+        Shorts result;
+        for (int i = 0; i < 2 * kLanes; i++) result.lane[i] = static_cast<int8_t>(p[i]);
+        return result;
+    }
+    static ALWAYS_INLINE Ints dot(const Shorts& a, const Shorts& b) { return dot(Ints{}, a, b); }
+    static ALWAYS_INLINE Ints dot(const Ints& sums, const Shorts& a, const Shorts& b) {
+        Ints result;
+        for (int i = 0; i < kLanes; i++) {
+            result.lane[i] = sums.lane[i] + a.lane[2 * i] * b.lane[2 * i] + a.lane[2 * i + 1] * b.lane[2 * i + 1];
+        }
+        return result;
+    }
+    static ALWAYS_INLINE Floats to_floats(const Ints& v) {
+        return each([&](int i) { return static_cast<float>(v.lane[i]); });
+    }
+    template <int kCount>
+    static ALWAYS_INLINE void permute(const int16_t* from, const uint16_t* order, int16_t* to) {
+        for (int i = 0; i < kCount; i++) to[i] = from[order[i]];
     }
 
     // the scales of kGroups groups over the lanes that hold each

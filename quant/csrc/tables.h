@@ -1,6 +1,7 @@
 // The numbers of quant/codes.py; tests/test_quant_contract.py holds the two together.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 // What codes CODE_NF4 .. CODE_FP4 stand for.
 static const float kValues[4][16] = {
@@ -9,6 +10,15 @@ static const float kValues[4][16] = {
     {0x0.0p+0f, 0x1.000000p-1f, 0x1.000000p+0f, 0x1.800000p+0f, 0x1.000000p+1f, 0x1.800000p+1f, 0x1.000000p+2f, 0x1.800000p+2f, -0x0.0p+0f, -0x1.000000p-1f, -0x1.000000p+0f, -0x1.800000p+0f, -0x1.000000p+1f, -0x1.800000p+1f, -0x1.000000p+2f, -0x1.800000p+2f},
     {0x0.0p+0f, 0x1.555556p-8f, 0x1.555556p-1f, 0x1.000000p+0f, 0x1.555556p-2f, 0x1.000000p-1f, 0x1.555556p-3f, 0x1.000000p-2f, -0x0.0p+0f, -0x1.555556p-8f, -0x1.555556p-1f, -0x1.000000p+0f, -0x1.555556p-2f, -0x1.000000p-1f, -0x1.555556p-3f, -0x1.000000p-2f},
 };
+// The same as 16-bit integers, and what one step of them stands for. nf4's are rounded: of all multipliers up to 8191,
+// which keep eight products with 16-bit activations within 32 bits, 8005 leaves the smallest error, 4e-5 of the largest.
+static const int16_t kIntegerValues[4][16] = {
+    {-8005, -5573, -4203, -3161, -2277, -1479, -729, 0, 637, 1288, 1970, 2705, 3528, 4504, 5787, 8005},
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+    {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
+    {0, 1, 128, 192, 64, 96, 32, 48, 0, -1, -128, -192, -64, -96, -32, -48},
+};
+static const float kIntegerSteps[4] = {1.0f / 8005, 1.0f, 0.5f, 1.0f / 192};
 static const float kNf4Bounds[15] = {-0x1.b239b0p-1f, -0x1.38a4e0p-1f, -0x1.d70900p-2f, -0x1.5bd4ecp-2f, -0x1.e079d8p-3f, -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f, 0x1.ec90c4p-4f, 0x1.a0cfc0p-3f, 0x1.2b05a8p-2f, 0x1.8ea7f2p-2f, 0x1.00da08p-1f, 0x1.491b5ep-1f, 0x1.b913b4p-1f};
 static const float kE2m1Bounds[15] = {-0x1.400002p+2f, -0x1.c00000p+1f, -0x1.400002p+1f, -0x1.c00000p+0f, -0x1.400002p+0f, -0x1.800000p-1f, -0x1.000002p-2f, 0x1.000000p-2f, 0x1.7ffffep-1f, 0x1.400000p+0f, 0x1.bffffep+0f, 0x1.400000p+1f, 0x1.bffffep+1f, 0x1.400000p+2f, INFINITY};
 static const float kFp4Bounds[15] = {-0x1.aaaaacp-1f, -0x1.2aaaacp-1f, -0x1.aaaaacp-2f, -0x1.2aaaacp-2f, -0x1.aaaaacp-3f, -0x1.600000p-4f, -0x1.555556p-9f, 0x0.0p+0f, 0x1.555556p-9f, 0x1.600000p-4f, 0x1.aaaaacp-3f, 0x1.2aaaacp-2f, 0x1.aaaaacp-2f, 0x1.2aaaacp-1f, 0x1.aaaaacp-1f};
