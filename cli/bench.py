@@ -62,6 +62,21 @@ from moe_offload.cli.param_types import PrefetchType, SharesType, SizeType
     help="Layers to look ahead; again to compare.",
 )
 @click.option(
+    "--routing",
+    default="model",
+    show_default=True,
+    metavar="ROUTING",
+    help="Which experts tokens go to while decoding: the model's choice; trace:FILE[,sequence=N], recorded in an .npz; "
+    "synthetic:mixtral or synthetic:first=P,any=P[,skew=S], drawn with given shares of repeated choices.",
+)
+@click.option(
+    "--recall",
+    type=click.FloatRange(0, 1),
+    default=0.8,
+    show_default=True,
+    help="With a trace or synthetic routing: how much of it lookahead foresees one layer ahead.",
+)
+@click.option(
     "--prompt-tokens",
     type=click.IntRange(min=1),
     default=32,

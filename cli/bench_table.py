@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_offload.offload.bench.report import BenchReport, Row, RunFigures
-from moe_offload.offload.bench.settings import Setting
+from moe_offload.offload.bench.settings import MODEL_ROUTING, Setting
 from moe_offload.offload.planning.sizes import format_size
 
 
@@ -38,6 +38,10 @@ def table(report: BenchReport) -> RenderableType:
         f"{machine['cpu']}, {machine['threads']} threads, kernels {machine['kernels']}; measured beside: "
         + ", ".join(measured)
     )
+    if not is_prefill:
+        heading.append(f"\nrouting: {report.rows[0].best.routing}")
+        if workload.routing != MODEL_ROUTING:
+            heading.append(f"; lookahead foresees {workload.recall:.0%} of it")
     if not rates.direct:
         heading.append("\nO_DIRECT was refused: the disk rate may be that of the page cache")
     grid = Table()

@@ -136,6 +136,7 @@ def test_counts_depend_on_the_budget_alone_and_the_text_is_the_same(pack):
 
 
 RUN = RunFigures(
+    routing="by the model's routers",
     ram_bytes=1,
     resident_share=0.5,
     load_s=1.0,

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 
 from moe_offload.errors import MoeOffloadError
+from moe_offload.offload.bench.forced_routing import ForcedRouting
 from moe_offload.offload.bench.rates import expert_read_rate, kernel_read_rate, matrix_rate
 from moe_offload.offload.bench.report import MachineRates, RunFigures
+from moe_offload.offload.bench.routing import Target
+from moe_offload.offload.bench.routing_syntax import make_routing
 from moe_offload.offload.bench.settings import Job, Workload
 from moe_offload.offload.bench.traffic import prompt_operations, routed_expert_bytes, token_traffic
 from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.model import OffloadedModel, pack_config
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss_bytes, reset_peak_rss, rss_bytes
@@ -46,6 +50,7 @@ def measure(job: Job) -> RunFigures:
         prefetch=job.setting.prefetch,
     ) as model:
         load_s = time.perf_counter() - begin_s
+        note = _force_routing(model, job)
         _fill_slots(model)
         counts = _prefill(model, workload) if workload.kind == "prefill" else _decode(model, workload, job.repeat)
         context_tokens = workload.context_tokens - workload.new_tokens // 2
@@ -54,6 +59,7 @@ def measure(job: Job) -> RunFigures:
         peak_bytes = (peak_rss_bytes() or 0) - base_bytes if has_peak else None
         plan = model.plan
     return RunFigures(
+        routing=note,
         ram_bytes=plan.ram_bytes,
         resident_share=plan.resident_share,
         load_s=load_s,
@@ -65,6 +71,29 @@ def measure(job: Job) -> RunFigures:
         rates=rates.best(_rates(job, manifest, config)),
         **counts,
     )
+
+
+def _force_routing(model: OffloadedModel, job: Job) -> str:
+    """Make the model decode along the workload's routing; what it is, in words."""
+    workload, config, layers = job.workload, model.model.config, model.manifest.layers
+    num_experts = {layer.num_experts for layer in layers}
+    target = Target(
+        workload.warmup_tokens + workload.new_tokens,
+        len(layers),
+        min(num_experts),
+        experts_per_token(config.get_text_config(decoder=True)),
+    )
+    routing = make_routing(workload.routing, target, seed=workload.seed)
+    if routing is None:
+        return "by the model's routers"
+    modules = [layer.module for layer in layers]
+    forced = ForcedRouting(
+        model.model, modules, target.num_experts, routing, recall=workload.recall, seed=workload.seed
+    )
+    lookahead = model._step.predictor
+    if isinstance(lookahead, Lookahead):
+        lookahead.replace_guesses(forced.guess)
+    return routing.note
 
 
 def _fill_slots(model: OffloadedModel) -> None:

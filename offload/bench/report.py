@@ -15,13 +15,14 @@
 ``best`` is the fastest of ``runs``; the bound is of its counts and the best rates measured beside any run.
 ``bound_by`` is "disk", "memory" or "compute". A run::
 
-    {"ram_bytes", "resident_share", "load_s", "peak_bytes", "time_to_first_token_s", "tokens", "elapsed_s",
+    {"routing", "ram_bytes", "resident_share", "load_s", "peak_bytes", "time_to_first_token_s", "tokens", "elapsed_s",
      "tokens_per_s", "median_step_s", "hit_ratio", "bytes_read", "bytes_read_per_token", "stall_s", "stall_share",
      "prefetch_recall", "prefetch_issued", "prefetch_wasted", "expert_bytes_per_token", "dense_bytes_per_token",
      "kv_bytes_per_token", "operations", "rates"}
 
-``peak_bytes`` is the most memory that the process held beyond its imports. In a prefill the tokens are the prompt's,
-``elapsed_s`` is the time to the first token, and ``operations`` counts multiplications and additions; else it is null.
+``routing`` says in words where the choice of experts came from. ``peak_bytes`` is the most memory that the process held
+beyond its imports. In a prefill the tokens are the prompt's, ``elapsed_s`` is the time to the first token, and
+``operations`` counts multiplications and additions; else it is null.
 """
 
 import statistics
@@ -58,6 +59,7 @@ class MachineRates:
 class RunFigures:
     """One run of one setting; see the module for the units."""
 
+    routing: str
     ram_bytes: int
     resident_share: float
     load_s: float
