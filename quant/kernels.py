@@ -16,7 +16,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.quant import reference
 from moe_offload.quant.layout import PackedLayout
 
-_ABI = 2
+_ABI = 3
 _ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
 _TORCH = "torch"
 _ISA_NAMES = ("portable", "avx2", "avx512", "neon")  # indices are the library's
@@ -180,6 +180,30 @@ def dequantize(packed: Tensor, layout: PackedLayout, code: int, rows: slice, out
         ctypes.byref(_matrix(out)),
         torch.get_num_threads(),
     )
+
+
+def multiplies_many(*tensors: Tensor) -> bool:
+    """Whether `linear_many` can take these tensors, and beats dequantising for torch's product."""
+    if not usable(*tensors):
+        return False
+    library, isa = _call()
+    return bool(library.moe_offload_multiplies_many(isa))
+
+
+def linear_many(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tensor) -> None:
+    """out [T, N] = x [T, K] @ weight.T with x in bf16, the weight rounded to bf16, and sums in fp32."""
+    library, isa = _call()
+    x = x if x.stride(1) == 1 else x.contiguous()
+    status = library.moe_offload_linear_many(
+        isa,
+        ctypes.byref(packed_weight(packed, layout, code)),
+        ctypes.byref(_matrix(x)),
+        ctypes.c_int64(x.shape[0]),
+        ctypes.byref(_matrix(out)),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory to arrange {x.shape[0]} rows of {x.shape[1]} activations")
 
 
 def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tensor) -> None:

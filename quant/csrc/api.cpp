@@ -3,14 +3,9 @@
 #include <memory>
 #include <new>
 
+#include "export.h"
 #include "packed.h"
 #include "pool.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace {
 
@@ -34,7 +29,7 @@ int64_t piece_rows(const PackedWeight& weight, int64_t multiple_of) {
 const KernelSet& kernel_set_of(int isa) { return *kernel_sets()[isa]; }
 
 // Changes whenever a signature or struct here does: a stale build is refused instead of called.
-EXPORT int moe_offload_abi() { return 2; }
+EXPORT int moe_offload_abi() { return 3; }
 
 // The name of instruction set `isa` (0 portable, 1 avx2, 2 avx512, 3 neon), or null if it cannot run here.
 EXPORT const char* moe_offload_isa(int isa) {
@@ -61,7 +56,7 @@ EXPORT void moe_offload_dequantize(int isa, const PackedWeight* weight, int64_t 
     auto body = [&](int64_t begin, int64_t end) {
         Matrix rows = *out;
         rows.data = static_cast<uint8_t*>(out->data) + begin * out->stride * out_bytes;
-        kernels.dequantize_rows(*weight, row_begin + begin, row_begin + end, rows);
+        kernels.dequantize_region(*weight, {row_begin + begin, row_begin + end, 0, weight->cols}, rows);
     };
     parallel_for(row_end - row_begin, piece_rows(*weight, 1), num_threads, body);
 }

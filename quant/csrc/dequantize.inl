@@ -22,21 +22,65 @@ ALWAYS_INLINE void dequantize_group(const uint8_t* codes, const V::Table& table,
     }
 }
 
-template <int kInterleave>
-void dequantize_four_bit(const PackedWeight& weight, int64_t row_begin, int64_t row_end, const Matrix& out) {
+// The same to bf16, from a table of the products of each code with the scale.
+template <int kHalf, class W>
+ALWAYS_INLINE void dequantize_words(const uint8_t* codes, const typename W::Table& table,
+                                    const typename W::Floats& scale, uint16_t* out) {
+    const typename W::Words words = W::word_table(W::mul(table, scale));
+    if constexpr (kHalf == 32) {
+        W::store_words(out, out + 32, words, codes);
+    } else {
+        W::store_words(out, words, codes);
+    }
+}
+
+template <class W>
+ALWAYS_INLINE typename W::Floats spread_scale(const PackedWeight& weight, int64_t index) {
+    if (weight.scale_type == SCALE_F16) return W::set1_f16(static_cast<const uint16_t*>(weight.scales)[index]);
+    return W::set1(scale_at(weight, index));
+}
+
+// Whole groups of a region to bf16.
+template <int kInterleave, class W>
+void dequantize_four_bit_words(const PackedWeight& weight, const Region& region, const Matrix& out) {
+    const typename W::Table table = W::table(kValues[weight.code]);
+    const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
+    for (int64_t row = region.row_begin; row < region.row_end; row++) {
+        const uint8_t* codes = weight.codes + row * weight.row_bytes + region.col_begin / 2;
+        uint16_t* to = static_cast<uint16_t*>(out.data) + (row - region.row_begin) * out.stride;
+        for (int64_t begin = region.col_begin, end; begin < region.col_end; begin = end) {
+            const int64_t block = begin / weight.block_cols;
+            end = (block + 1) * weight.block_cols < region.col_end ? (block + 1) * weight.block_cols : region.col_end;
+            const typename W::Floats scale = spread_scale<W>(weight, row * scale_cols + block);
+            for (int64_t col = begin; col < end; col += kInterleave) {
+                dequantize_words<kInterleave / 2, W>(codes, table, scale, to);
+                codes += kInterleave / 2;
+                to += kInterleave;
+            }
+        }
+    }
+}
+
+template <int kInterleave, class W>
+void dequantize_four_bit(const PackedWeight& weight, const Region& region, const Matrix& out) {
+    if constexpr (W::kLooksUpWords) {
+        if (out.dtype == DTYPE_BF16 && (region.col_end - region.col_begin) % kInterleave == 0) {
+            return dequantize_four_bit_words<kInterleave, W>(weight, region, out);
+        }
+    }
     const V::Table table = V::table(kValues[weight.code]);
     const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
-    for (int64_t row = row_begin; row < row_end; row++) {
+    for (int64_t row = region.row_begin; row < region.row_end; row++) {
         const uint8_t* codes = weight.codes + row * weight.row_bytes;
-        const int64_t start = (row - row_begin) * out.stride;
-        for (int64_t col = 0; col < weight.cols; col += kInterleave) {
+        const int64_t start = (row - region.row_begin) * out.stride - region.col_begin;
+        for (int64_t col = region.col_begin; col < region.col_end; col += kInterleave) {
             const float scale = scale_at(weight, row * scale_cols + col / weight.block_cols);
-            if (weight.cols - col >= kInterleave) {
+            if (region.col_end - col >= kInterleave) {
                 dequantize_group<kInterleave / 2>(codes + col / 2, table, scale, out.data, out.dtype, start + col);
             } else {
                 float last[kInterleave];
                 dequantize_group<kInterleave / 2>(codes + col / 2, table, scale, last, DTYPE_F32, 0);
-                for (int64_t i = 0; i < weight.cols - col; i++) {
+                for (int64_t i = 0; i < region.col_end - col; i++) {
                     store_from_float(out.data, out.dtype, start + col + i, last[i]);
                 }
             }
@@ -55,15 +99,15 @@ struct E4m3Codes {
 };
 
 template <class Codes>
-void dequantize_eight_bit(const PackedWeight& weight, int64_t row_begin, int64_t row_end, const Matrix& out) {
+void dequantize_eight_bit(const PackedWeight& weight, const Region& region, const Matrix& out) {
     const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
     const V::Floats factor = V::set1(Codes::kFactor);
-    for (int64_t row = row_begin; row < row_end; row++) {
+    for (int64_t row = region.row_begin; row < region.row_end; row++) {
         const uint8_t* codes = weight.codes + row * weight.row_bytes;
-        const int64_t start = (row - row_begin) * out.stride;
-        for (int64_t b = 0; b < scale_cols; b++) {
-            const int64_t begin = b * weight.block_cols;
-            const int64_t end = begin + weight.block_cols < weight.cols ? begin + weight.block_cols : weight.cols;
+        const int64_t start = (row - region.row_begin) * out.stride - region.col_begin;
+        for (int64_t begin = region.col_begin, end; begin < region.col_end; begin = end) {
+            const int64_t b = begin / weight.block_cols;
+            end = (b + 1) * weight.block_cols < region.col_end ? (b + 1) * weight.block_cols : region.col_end;
             const V::Floats scale = V::set1(scale_at(weight, row / weight.block_rows * scale_cols + b));
             int64_t col = begin;
             for (; col + V::kLanes <= end; col += V::kLanes) {
@@ -83,12 +127,12 @@ void dequantize_eight_bit(const PackedWeight& weight, int64_t row_begin, int64_t
     }
 }
 
-inline void dequantize_rows(const PackedWeight& weight, int64_t row_begin, int64_t row_end, const Matrix& out) {
+inline void dequantize_region(const PackedWeight& weight, const Region& region, const Matrix& out) {
     switch (weight.code) {
-        case CODE_INT8: return dequantize_eight_bit<Int8Codes>(weight, row_begin, row_end, out);
-        case CODE_E4M3: return dequantize_eight_bit<E4m3Codes>(weight, row_begin, row_end, out);
+        case CODE_INT8: return dequantize_eight_bit<Int8Codes>(weight, region, out);
+        case CODE_E4M3: return dequantize_eight_bit<E4m3Codes>(weight, region, out);
         default: break;
     }
-    if (interleave_of(weight) == 32) return dequantize_four_bit<32>(weight, row_begin, row_end, out);
-    dequantize_four_bit<64>(weight, row_begin, row_end, out);
+    if (interleave_of(weight) == 32) return dequantize_four_bit<32, V>(weight, region, out);
+    dequantize_four_bit<64, V>(weight, region, out);
 }

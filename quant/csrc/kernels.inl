@@ -6,7 +6,7 @@
 #include "activation.inl"
 
 inline const KernelSet& kernel_set(const char* name) {
-    static const KernelSet kernels = {name,    quantize_rows, dequantize_rows, prepared_bytes,
+    static const KernelSet kernels = {name,    quantize_rows, dequantize_region, prepared_bytes,
                                       prepare, linear_rows,   read_bytes,      activate,
                                       &step_kernels()};
     return kernels;

@@ -28,6 +28,7 @@ namespace {
 struct V {
     static constexpr int kLanes = 16;
     static constexpr int kRows = 2;
+    static constexpr bool kLooksUpWords = true;  // tables of bf16
     using Floats = __m512;
     using Words = __m512i;
     using Table = __m512;
@@ -95,11 +96,37 @@ struct V {
     }
     // vcvtneps2bf16 would flush numbers below the normal ones, so rounding is done on the bits
     static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(v), 16)));
+    }
+    // the same of 32 numbers
+    static ALWAYS_INLINE void store_bf16(uint16_t* p, Floats low, Floats high) {
+        const __m512i odd_words = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29,
+                                                   27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        _mm512_storeu_si512(p, _mm512_permutex2var_epi16(bf16_bits(low), odd_words, bf16_bits(high)));
+    }
+    // in the upper half of each lane
+    static ALWAYS_INLINE __m512i bf16_bits(Floats v) {
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     }
+    // sixteen numbers as bf16, twice: then an index's fifth bit does not matter
+    static ALWAYS_INLINE Words word_table(Floats v) {
+        return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(v), 16)));
+    }
+    // what the low nibbles of 32 bytes stand for, and the high ones
+    static ALWAYS_INLINE void store_words(uint16_t* low, uint16_t* high, Words table, const uint8_t* p) {
+        const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        _mm512_storeu_si512(low, _mm512_permutexvar_epi16(wide, table));
+        _mm512_storeu_si512(high, _mm512_permutexvar_epi16(_mm512_srli_epi16(wide, 4), table));
+    }
+    // the same of 16 bytes
+    static ALWAYS_INLINE void store_words(uint16_t* low, Words table, const uint8_t* p) {
+        const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(wide), _mm256_srli_epi16(wide, 4), 1);
+        _mm512_storeu_si512(low, _mm512_permutexvar_epi16(both, table));
+    }
+    static ALWAYS_INLINE Floats set1_f16(uint16_t half) { return _mm512_cvtph_ps(_mm256_set1_epi16(half)); }
     static ALWAYS_INLINE void store_f16(uint16_t* p, Floats v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }

@@ -20,6 +20,7 @@ namespace {
 struct V {
     static constexpr int kLanes = 4;
     static constexpr int kRows = 2;
+    static constexpr bool kLooksUpWords = false;  // tables of bf16
     using Floats = float32x4_t;
     using Words = uint32x4_t;
     using Table = uint8x16x4_t;

@@ -15,15 +15,10 @@
 #include <vector>
 
 #include "activation.h"
+#include "export.h"
 #include "packed.h"
 #include "pool.h"
 #include "scalar.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 constexpr int kMaxPieces = 2;
 

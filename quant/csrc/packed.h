@@ -31,6 +31,14 @@ struct Matrix {
     int32_t dtype;
 };
 
+// A part of a weight; col_begin is a multiple of 64.
+struct Region {
+    int64_t row_begin;
+    int64_t row_end;
+    int64_t col_begin;
+    int64_t col_end;
+};
+
 // What few-row products take: each token's activations as a kernel set's `prepare` made them for a weight of that code,
 // shape of blocks and number of columns; opaque to everybody else. Made once, they serve every such weight.
 struct PreparedInput {
@@ -45,7 +53,7 @@ struct StepKernels;  // step.h
 struct KernelSet {
     const char* name;
     int (*quantize_rows)(const PackedWeight&, const Matrix& source, int64_t row_begin, int64_t row_end);
-    void (*dequantize_rows)(const PackedWeight&, int64_t row_begin, int64_t row_end, const Matrix& out);
+    void (*dequantize_region)(const PackedWeight&, const Region&, const Matrix& out);
     // of one token, a multiple of 64
     int64_t (*prepared_bytes)(const PackedWeight&, int32_t x_dtype);
     void (*prepare)(const PackedWeight&, const Matrix& x, int64_t token, void* prepared);

@@ -4,15 +4,10 @@
 #include <memory>
 #include <new>
 
+#include "export.h"
 #include "pool.h"
 #include "scalar.h"
 #include "step.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 EXPORT int moe_offload_linear(int isa, const PackedWeight* weight, const Matrix* x, int64_t num_tokens,
                               const Matrix* out, int num_threads);

@@ -1,0 +1,34 @@
+// Products with many rows of bf16 activations: the weight is dequantised to bf16 a small block at a time, in a cache
+// that one core has to itself, and multiplied there.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "packed.h"
+
+// So many tokens go through the weight at a time; more would not fit beside a block of it in a core's own cache.
+constexpr int64_t kManyTokens = 256;
+// Rows of the weight that are multiplied at a time.
+constexpr int64_t kManyRows = 48;
+
+// Some tokens' activations [tokens, cols] in bf16: token t is row rows[t] of x, or row t without rows.
+struct Tokens {
+    Matrix x;
+    const int64_t* rows;
+    int64_t count;
+    int64_t cols;
+};
+
+struct ManyRowsKernels {
+    // Room that the panels of some tokens take, in bytes; a multiple of 64.
+    int64_t (*panel_bytes)(int64_t num_tokens, int64_t cols);
+    int64_t (*num_panels)(int64_t cols);
+    // One panel of activations, in the order in which products read them.
+    void (*fill_panel)(const Tokens& tokens, int64_t panel, uint8_t* panels);
+    // out[token, row] for at most kManyRows rows; each number depends on its token and its row alone.
+    void (*multiply_rows)(const PackedWeight&, const KernelSet&, const uint8_t* panels, int64_t num_tokens,
+                          int64_t row_begin, int64_t row_end, const Matrix& out);
+};
+
+// Null where instructions for products of bf16 are lacking, or where matrix units (AMX) make torch's product the faster.
+const ManyRowsKernels* many_rows_kernels();

@@ -1,0 +1,89 @@
+"""Products of many rows in bf16, against exact sums over the same bf16 weights; test_quant_contract.py has the rest."""
+
+import pytest
+import torch
+
+from moe_offload.quant import get_format, kernels
+
+SPECS = ("nf4", "mxfp4", "int8", "fp8-48x40")
+# around what is computed at once: 16 and 64 rows of x, 256 of them a pass, 48 rows of the weight, its 128 columns
+SHAPES = ((1, 1), (7, 640), (48, 128), (97, 513), (200, 260))
+ROWS = (1, 15, 17, 64, 65, 112, 257)
+
+pytestmark = pytest.mark.skipif(
+    not kernels.multiplies_many(torch.empty(0)), reason="this machine multiplies many rows through torch"
+)
+
+
+def weight_of(spec: str, shape: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return get_format(spec).quantize(torch.randn(shape, generator=generator))
+
+
+def activations(num_rows: int, num_cols: int) -> torch.Tensor:
+    return torch.randn((num_rows, num_cols), generator=torch.Generator().manual_seed(num_rows)).to(torch.bfloat16)
+
+
+def product(x: torch.Tensor, spec: str, packed: torch.Tensor, shape: tuple[int, int], dtype=torch.float32):
+    fmt = get_format(spec)
+    out = torch.full((x.shape[0], shape[0]), float("nan"), dtype=dtype)
+    kernels.linear_many(x, packed, fmt.layout(shape), fmt.code, out)
+    return out
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_sums_are_exact_but_for_fp32(spec):
+    for shape in SHAPES:
+        packed = weight_of(spec, shape)
+        weight = get_format(spec).dequantize(packed, shape, torch.bfloat16).double()
+        for num_rows in ROWS:
+            x = activations(num_rows, shape[1])
+            exact = x.double() @ weight.T
+            error = (product(x, spec, packed, shape).double() - exact).abs()
+            allowed = 1e-6 * (x.double().abs() @ weight.abs().T)
+            assert bool((error <= allowed).all()), (shape, num_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_rounded_once(dtype):
+    packed, x = weight_of("nf4", (97, 513)), activations(65, 513)
+    assert torch.equal(product(x, "nf4", packed, (97, 513), dtype), product(x, "nf4", packed, (97, 513)).to(dtype))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_row_does_not_depend_on_what_is_computed_beside_it(spec):
+    shape = (301, 700)
+    packed, x = weight_of(spec, shape), activations(300, 700)
+    expected = product(x, spec, packed, shape)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            assert torch.equal(product(x, spec, packed, shape), expected)
+    finally:
+        torch.set_num_threads(threads)
+    for rows in (slice(0, 1), slice(63, 80), slice(150, 299)):
+        assert torch.equal(product(x[rows], spec, packed, shape), expected[rows])
+
+
+def test_strides_do_not_matter():
+    shape = (100, 300)
+    packed, x = weight_of("nf4", shape), activations(70, 300)
+    expected = product(x, "nf4", packed, shape)
+    wide = torch.zeros(70, 400, dtype=torch.bfloat16)
+    wide[:, :300] = x
+    assert torch.equal(product(wide[:, :300], "nf4", packed, shape), expected)
+    assert torch.equal(product(x.T.contiguous().T, "nf4", packed, shape), expected)
+
+
+def test_no_columns_sum_to_zero():
+    fmt = get_format("nf4")
+    packed = fmt.quantize(torch.empty(5, 0))
+    assert torch.equal(product(activations(70, 0), "nf4", packed, (5, 0)), torch.zeros(70, 5))
+
+
+def test_many_rows_take_this_way():
+    """What is tested here is what `Format.linear` does."""
+    shape = (60, 256)
+    packed, x = weight_of("int4", shape), activations(64, 256)
+    assert torch.equal(get_format("int4").linear(x, packed, shape, torch.float32), product(x, "int4", packed, shape))
