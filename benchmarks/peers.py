@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peer_runs.cases import Case, make_cases
 from peer_runs.engines import EngineError, Run, default_pythons, measure, missing_reason, settings
@@ -24,12 +24,14 @@ from peer_runs.memory_limit import NoLimitError, check_limits, drop_page_cache, 
 from peer_runs.results import (
     CaseResult,
     EntryResult,
-    Rates,
     between_markers,
     decode_table,
     prefill_table,
 )
 from peer_runs.weights import WeightFiles, weight_bytes
+
+if TYPE_CHECKING:
+    from moe_offload.offload.bench.report import MachineRates
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 BUSY_LOAD = 0.3  # more than this beside us, and figures mean little
@@ -47,18 +49,17 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measure_rates(pack: Path) -> Rates:
-    """The disk's on the pack's own files, and the memory's, now."""
-    from moe_offload.offload.planning.rates import disk_read_rate, memory_read_rate
+def measure_rates(case: Case, pack: Path) -> "MachineRates":
+    """Of the disk, experts of the pack by the project's reader; of the memory, by its kernels; of matrix products."""
+    from moe_offload.offload.bench.rates import expert_read_rate, kernel_read_rate, matrix_rate
+    from moe_offload.offload.bench.report import MachineRates
+    from moe_offload.offload.pack.manifest import read_manifest
 
-    files = sorted(pack.glob("experts-*.safetensors"))[:4]
-    disk = max(disk_read_rate(file).bytes_per_s for file in files)
-    return Rates(disk, max(memory_read_rate().bytes_per_s for _ in range(3)))
-
-
-def better(rates: Rates, other: Rates) -> Rates:
-    """Others only take from a machine, so the better of two measurements is the truer one."""
-    return Rates(max(rates.disk, other.disk), max(rates.memory, other.memory))
+    disk, direct = expert_read_rate(read_manifest(pack), pack, seed=0)
+    memory = kernel_read_rate(case.shape.active_weights // 2)
+    shape = (case.shape.expert_size, case.shape.hidden_size)
+    matrix = matrix_rate(case.prefill_tokens, shape) if case.prefill_tokens else None
+    return MachineRates(memory.bytes_per_s, disk.bytes_per_s, direct, matrix)
 
 
 def run_once(case: Case, result: EntryResult, weights: Path, python: str, run: Run, limits: bool) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def run_case(
     paths = {entry: files.path(entry, case) for entry in case.entries}
     results = [EntryResult(entry, weight_bytes(paths[entry]), case.shape.num_weights) for entry in case.entries]
     pack = next((path for path in paths.values() if path.is_dir()), None)
-    result = CaseResult(case, results, measure_rates(pack) if pack else None)
+    result = CaseResult(case, results, measure_rates(case, pack) if pack else None)
     for round_idx in range(num_rounds):
         for one in results:
             if one.failure:
@@ -102,7 +103,7 @@ def run_case(
                 flush=True,
             )
         if pack and result.rates:
-            result.rates = better(result.rates, measure_rates(pack))
+            result.rates = result.rates.best(measure_rates(case, pack))
     return result
 
 
@@ -135,7 +136,9 @@ def document(results: list[CaseResult], num_rounds: int) -> str:
     rates = [case.rates for case in results if case.rates]
     lines = [f"{os.cpu_count()} cores, kernels `{backend_name()}`; {'; '.join(sorted(versions))}; {num_rounds} rounds."]
     if rates:
-        disk, memory = max(rate.disk for rate in rates) / 1e9, max(rate.memory for rate in rates) / 1e9
+        disk, memory = (
+            max(getattr(rate, name) for rate in rates) / 1e9 for name in ("disk_bytes_per_s", "memory_bytes_per_s")
+        )
         lines[0] += f" Disk read {disk:.2f} GB/s, memory read {memory:.1f} GB/s."
     lines += ["", decode_table(results)]
     if prefill := prefill_table(results):
@@ -165,7 +168,7 @@ def main() -> None:
     parser.add_argument("--format", default="nf4", help="the pack format beside Q4_0")
     parser.add_argument("--rounds", type=int, default=3, help="how often every engine has its turn")
     parser.add_argument("--tokens", type=int, default=24, help="decode steps to time")
-    parser.add_argument("--warmup", type=int, default=8, help="decode steps before them")
+    parser.add_argument("--warmup", type=int, default=16, help="decode steps before them")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every engine")
     parser.add_argument("--prefetch", default="auto", help="of moe-offload: off, auto or a number of layers")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that one process may take")

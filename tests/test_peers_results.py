@@ -6,7 +6,9 @@ import pytest
 from peer_runs import engines
 from peer_runs.cases import Entry, make_cases
 from peer_runs.engines import EngineError, Run, measure, missing_reason, settings
-from peer_runs.results import CaseResult, EntryResult, Rates, between_markers, decode_table, prefill_table
+from peer_runs.results import CaseResult, EntryResult, between_markers, decode_table, prefill_table
+
+from moe_offload.offload.bench.report import MachineRates
 
 RUN = Run(seed=0, threads=2, decode_tokens=4, warmup_tokens=1, prompt_tokens=2, prefetch="auto", timeout_s=60)
 
@@ -33,7 +35,7 @@ def test_table_has_medians_and_ratios_within_a_round(case):
             result(theirs, case, [0.5, 1.0, 4.0], read_bytes=1 << 30, peak_bytes=4 << 30),
             result(ours, case, [0.25, 0.25, 2.0], missed_bytes=1 << 29, read_bytes=1 << 30),
         ],
-        Rates(disk=1 << 30, memory=1 << 50),
+        MachineRates(1 << 50, 1 << 30, True),
     )
     first, second = (cells(line) for line in decode_table([both]).splitlines()[2:])
     assert first[1:] == ["llama.cpp, mmap", "Q4_0", "4.00", "1.00 (0.25-2.00)", "1.00", "1024", "4096", "1.00", "100%"]
@@ -44,7 +46,7 @@ def test_table_has_medians_and_ratios_within_a_round(case):
 def test_memory_bounds_what_misses_nothing(case):
     ours = result(case.entries[1], case, [1.0], missed_bytes=0)
     active_bytes = case.shape.active_weights / 2
-    both = CaseResult(case, [ours], Rates(disk=1.0, memory=2 * active_bytes))
+    both = CaseResult(case, [ours], MachineRates(2 * active_bytes, 1.0, True))
     assert both.bound(ours) == pytest.approx(2.0, rel=1e-6)
 
 
@@ -63,8 +65,11 @@ def test_prefill_is_shown_where_it_was_measured(case):
         result(case.entries[0], case, [1.0], prefill_s=128.0),
         result(case.entries[1], case, [1.0], prefill_s=16.0, prefill_read_bytes=3 << 20),
     ]
-    line = prefill_table([CaseResult(case, entries, None)]).splitlines()[-1]
-    assert cells(line)[3:] == ["512", "32.00", "8.00", "3"]
+    # The disk would take 6 s for what was read, the products 8 s.
+    operations = 2 * 512 * (case.shape.active_weights - case.shape.vocab_size * case.shape.hidden_size)
+    rates = MachineRates(1e9, 1 << 19, True, operations / 8)
+    line = prefill_table([CaseResult(case, entries, rates)]).splitlines()[-1]
+    assert cells(line)[3:] == ["512", "32.00", "8.00", "3", "64.0", "50%"]
     without = next(case for case in make_cases("nf4", "int8", None) if case.name == "2GiB")
     assert prefill_table([CaseResult(without, [result(without.entries[0], without, [1.0])], None)]) == ""
 

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 # isort: off
 import moe_offload  # before torch, as the command line has it
@@ -16,49 +17,24 @@ import transformers
 from process_io import disk_read_bytes
 
 from moe_offload import OffloadedModel
-from moe_offload.quant import backend_name
 
 MIB = 1 << 20
 # Of the limit, what the budget does not count: pages of the libraries' code in use, and the system's own bookkeeping.
 MARGIN_BYTES = 80 * MIB
 
 
+class _Mark(NamedTuple):
+    """A moment, and what was counted up to it."""
+
+    time_s: float
+    read_bytes: int
+    counts: Any
+
+
 def _anonymous_bytes() -> int:
     """Memory that this process holds and that no file could give back."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-
-class _RandomTokens(transformers.LogitsProcessor):
-    """Leaves one token possible, drawn at random; notes when it is asked, which is once the logits are there."""
-
-    def __init__(self, vocab_size: int, draw: random.Random) -> None:
-        self._vocab_size, self._draw = vocab_size, draw
-        self.times_s: list[float] = []
-        self.read_bytes: list[int] = []
-        self.reports: list[object] = []
-        self.meter = lambda: None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times_s.append(time.perf_counter())
-        self.read_bytes.append(disk_read_bytes())
-        self.reports.append(self.meter())
-        forced = torch.full_like(scores, -torch.inf)
-        forced[:, self._draw.randrange(self._vocab_size)] = 0
-        return forced
-
-
-def _generate(offloaded: OffloadedModel, tokens: list[int], count: int, forced: _RandomTokens) -> float:
-    """Run, and say when it began."""
-    begin_s = time.perf_counter()
-    offloaded.model.generate(
-        input_ids=torch.tensor([tokens]),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        logits_processor=[forced],
-    )
-    return begin_s
 
 
 def main() -> None:
@@ -70,50 +46,57 @@ def main() -> None:
     ram_bytes = settings["ram_bytes"]
     if settings["limit_bytes"] is not None:
         ram_bytes = settings["limit_bytes"] - _anonymous_bytes() - MARGIN_BYTES
-    longest = settings["prompt_tokens"] + settings["warmup_tokens"] + settings["decode_tokens"] + 1
+    warmup, decode = settings["warmup_tokens"], settings["decode_tokens"]
     draw = random.Random(settings["seed"])
-    vocab_size = settings["vocab_size"]
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(3, settings["vocab_size"]) for _ in range(count)]  # the first few may end a text
+
     begin_s = time.perf_counter()
     with OffloadedModel.from_pretrained(
         settings["model"],
         device="cpu",
         ram=ram_bytes,
-        context_tokens=max(longest, settings["prefill_tokens"] + 1),
+        context_tokens=max(settings["prompt_tokens"] + warmup + decode, settings["prefill_tokens"]) + 1,
         prefetch=settings["prefetch"],
     ) as offloaded:
         load_s = time.perf_counter() - begin_s
-        forced = _RandomTokens(vocab_size, draw)
-        forced.meter = offloaded._meter.read
-        prompt = [draw.randrange(vocab_size) for _ in range(settings["prompt_tokens"])]
-        warmup = settings["warmup_tokens"]
-        with torch.inference_mode():
-            _generate(offloaded, prompt, warmup + settings["decode_tokens"] + 1, forced)
-        times_s = forced.times_s[warmup:]
-        report = offloaded._meter.since(forced.reports[warmup])
-        decode_tokens = len(times_s) - 1
         slot_bytes = sum(layer.slot_bytes for layer in offloaded.manifest.layers) / len(offloaded.manifest.layers)
+        marks: list[_Mark] = []
+
+        def mark(num_tokens: int = 0) -> None:
+            marks.append(_Mark(time.perf_counter(), disk_read_bytes(), offloaded._meter.read()))
+
+        def missed_bytes(first: _Mark, last: _Mark) -> float:
+            """Without what was prefetched in vain: the bound is of what was missing."""
+            report = offloaded._meter.between(first.counts, last.counts)
+            return max(0, report.bytes_read - report.prefetch_wasted * slot_bytes)
+
+        prompt = torch.tensor([tokens(settings["prompt_tokens"])])
+        offloaded._generator.replay(prompt, tokens(1 + warmup + decode), mark)
+        counted = marks[warmup:]
+        report = offloaded._meter.between(counted[0].counts, counted[-1].counts)
         figures = {
-            "version": f"moe-offload {moe_offload.__version__}, {backend_name()}",
+            "version": f"moe-offload {moe_offload.__version__}",
             "load_s": load_s,
             "ram_bytes": ram_bytes,
             "share": offloaded.plan.resident_share,
-            "step_s": [later - earlier for earlier, later in itertools.pairwise(times_s)],
-            "read_bytes": (forced.read_bytes[-1] - forced.read_bytes[warmup]) / decode_tokens,
-            # Without what was prefetched in vain: the bound is of what was missing.
-            "missed_bytes": max(0, report.bytes_read - report.prefetch_wasted * slot_bytes) / decode_tokens,
+            "step_s": [later.time_s - earlier.time_s for earlier, later in itertools.pairwise(counted)],
+            "read_bytes": (counted[-1].read_bytes - counted[0].read_bytes) / decode,
+            "missed_bytes": missed_bytes(counted[0], counted[-1]) / decode,
             "hit_ratio": report.hit_ratio,
-            "stall_s": report.stall_s / decode_tokens,
+            "stall_s": report.stall_s / decode,
             "prefill_s": None,
         }
         if settings["prefill_tokens"]:
-            prompt = [draw.randrange(vocab_size) for _ in range(settings["prefill_tokens"])]
-            forced.times_s.clear()
-            read_bytes = disk_read_bytes()
-            with torch.inference_mode():
-                begin_s = _generate(offloaded, prompt, 1, forced)
+            marks.clear()
+            mark()
+            offloaded._generator.replay(torch.tensor([tokens(settings["prefill_tokens"])]), tokens(1), mark)
+            before, after = marks
             figures |= {
-                "prefill_s": forced.times_s[0] - begin_s,
-                "prefill_read_bytes": disk_read_bytes() - read_bytes,
+                "prefill_s": after.time_s - before.time_s,
+                "prefill_read_bytes": after.read_bytes - before.read_bytes,
+                "prefill_missed_bytes": missed_bytes(before, after),
             }
         print(json.dumps(figures))
 

@@ -3,19 +3,14 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peer_runs.cases import Case, Entry
 
+if TYPE_CHECKING:
+    from moe_offload.offload.bench.report import MachineRates
+
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the machine did at its best in this run, in bytes a second."""
-
-    disk: float
-    memory: float
 
 
 @dataclass
@@ -55,20 +50,39 @@ class CaseResult:
 
     case: Case
     entries: list[EntryResult]
-    rates: Rates | None = None
+    rates: "MachineRates | None" = None
 
     def bound(self, result: EntryResult) -> float | None:
         """Tokens a second that the machine allows: 1 / max(bytes missed / disk, bytes read from memory / memory).
 
         Of what this engine has missed; where it does not count that, what it has read.
         """
-        missed_bytes = result.median("missed_bytes")
-        if missed_bytes is None:
-            missed_bytes = result.median("read_bytes")
+        missed_bytes = _first(result.median("missed_bytes"), result.median("read_bytes"))
         if self.rates is None or missed_bytes is None:
             return None
         active_bytes = self.case.shape.active_weights * result.bits / 8
-        return 1 / max(missed_bytes / self.rates.disk, active_bytes / self.rates.memory)
+        return 1 / max(missed_bytes / self.rates.disk_bytes_per_s, active_bytes / self.rates.memory_bytes_per_s)
+
+    def prefill_bound(self, result: EntryResult) -> float | None:
+        """The same for a prompt: num_tokens / max(bytes missed / disk, operations / rate of bf16 products)."""
+        missed_bytes = _first(result.median("prefill_missed_bytes"), result.median("prefill_read_bytes"))
+        if self.rates is None or missed_bytes is None or self.rates.matrix_ops_per_s is None:
+            return None
+        shape, num_tokens = self.case.shape, self.case.prefill_tokens
+        num_operations = 2 * num_tokens * (shape.active_weights - shape.vocab_size * shape.hidden_size)
+        return num_tokens / max(
+            missed_bytes / self.rates.disk_bytes_per_s, num_operations / self.rates.matrix_ops_per_s
+        )
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _reached(speeds: Sequence[float | None], bound: float | None) -> float | None:
+    """The median share of the bound."""
+    present = [speed for speed in speeds if speed is not None]
+    return statistics.median(present) / bound if present and bound else None
 
 
 def _ratio(values: Sequence[float | None], others: Sequence[float | None]) -> float | None:
@@ -98,7 +112,6 @@ def decode_table(results: Sequence[CaseResult]) -> str:
         for one in result.entries:
             speeds = one.tokens_per_s()
             bound, read_bytes, peak_bytes = result.bound(one), one.median("read_bytes"), one.median("peak_bytes")
-            reached = [speed / bound for speed in speeds if speed is not None and bound]
             lines.append(
                 _line(
                     [
@@ -111,7 +124,7 @@ def decode_table(results: Sequence[CaseResult]) -> str:
                         _text(None if read_bytes is None else read_bytes / MIB, ".0f"),
                         _text(None if peak_bytes is None else peak_bytes / MIB, ".0f"),
                         _text(bound, ".2f"),
-                        _text(statistics.median(reached) if reached else None, ".0%"),
+                        _text(_reached(speeds, bound), ".0%"),
                     ]
                 )
             )
@@ -120,10 +133,8 @@ def decode_table(results: Sequence[CaseResult]) -> str:
 
 def prefill_table(results: Sequence[CaseResult]) -> str:
     """Reading a prompt, the cases that measure it; empty without any."""
-    lines = [
-        _line(["case", "engine", "weights", "prompt, tokens", "tok/s", "x first", "read, MiB"]),
-        _line(["---"] * 7),
-    ]
+    head = ["case", "engine", "weights", "prompt, tokens", "tok/s", "x first", "read, MiB", "bound, tok/s", "of bound"]
+    lines = [_line(head), _line(["---"] * len(head))]
     for result in results:
         num_tokens = result.case.prefill_tokens
         if not num_tokens:
@@ -134,9 +145,9 @@ def prefill_table(results: Sequence[CaseResult]) -> str:
             name = f"{result.case.shape.name}, {result.case.title}"
             ratio = _text(_ratio(speeds, first), ".2f")
             read = _text(None if read_bytes is None else read_bytes / MIB, ".0f")
-            lines.append(
-                _line([name, one.entry.label, one.entry.weights, str(num_tokens), _speed(speeds), ratio, read])
-            )
+            bound = result.prefill_bound(one)
+            cells = [name, one.entry.label, one.entry.weights, str(num_tokens), _speed(speeds), ratio, read]
+            lines.append(_line([*cells, _text(bound, ".1f"), _text(_reached(speeds, bound), ".0%")]))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

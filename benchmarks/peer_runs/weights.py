@@ -51,4 +51,5 @@ def _write_pack(folder: Path, shape: Shape, spec: str) -> None:
 
     _announce(folder, shape.num_weights * get_format(spec).bits_per_weight() / 8)
     config = AutoConfig.for_model(**shape.transformers_config())
-    write_synthetic_pack(folder, config, format=spec)
+    # As in a GGUF file: one format for all matrices.
+    write_synthetic_pack(folder, config, format=spec, dense_format=spec)
