@@ -128,15 +128,25 @@ class ExpertCache:
 
     # -- prefetch --
 
-    def admit_prefetch(self, layer_idx: int, expert_ids: Sequence[int]) -> list[Placement]:
+    def admit_prefetch(self, layer_idx: int, expert_ids: Sequence[int], *, evict: bool = True) -> list[Placement]:
         """Slots for those of the experts that are not resident, likeliest first, as far as slots can be had.
 
-        Evicts nothing that is held, that the layer's last step used, or that was prefetched since that step.
+        Evicts nothing that is held, that the layer's last step used, or that was prefetched since that step; without
+        ``evict`` nothing at all.
         """
         with self._lock:
             self._release_abandoned()
             self._check_expert_ids(layer_idx, expert_ids)
-            return self._layers[layer_idx].admit_prefetch(expert_ids, self._policy.scores(layer_idx))
+            layer = self._layers[layer_idx]
+            if not evict and not layer.slots.empty:
+                return []
+            return layer.admit_prefetch(expert_ids, self._policy.scores(layer_idx), evict)
+
+    def missing(self, layer_idx: int, expert_ids: Sequence[int]) -> list[int]:
+        """Those that have no slot, in the order given."""
+        with self._lock:
+            slot_of = self._layers[layer_idx].slots.slot_of
+            return [expert_idx for expert_idx in expert_ids if slot_of[expert_idx] < 0]
 
     def drop_prefetch(self, layer_idx: int, expert_idx: int) -> bool:
         """A prefetch was cancelled before its bytes came, and nobody writes to the slot any more.

@@ -106,11 +106,11 @@ class Layer:
 
     # -- without a step --
 
-    def admit_prefetch(self, expert_ids: Sequence[int], scores: Sequence[float]) -> list[Placement]:
+    def admit_prefetch(self, expert_ids: Sequence[int], scores: Sequence[float], evict: bool) -> list[Placement]:
         slots, speculation = self.slots, self.speculation
         missing = [expert_idx for expert_idx in expert_ids if slots.slot_of[expert_idx] < 0]
         coldest: Iterator[int] = iter(())
-        if len(missing) > len(slots.empty):
+        if evict and len(missing) > len(slots.empty):
             coldest = iter(slots.coldest_first(scores))
         placements: list[Placement] = []
         for expert_idx in missing:

@@ -5,7 +5,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -18,7 +18,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from moe_offload.cache import StatsSnapshot
+from moe_offload.cache import PrefetchCounts, StatsSnapshot
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.layer import StepState, StoppedError
 from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
@@ -26,7 +26,6 @@ from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.reports import RunReport
 
 # Cache counts, bytes read, bytes copied, stall in seconds, and lookahead at one moment.
-Reading = tuple[StatsSnapshot, int, int, float, LookaheadCounts]
 
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
@@ -72,6 +71,19 @@ class _WatchedClock(_Clock):
         return done
 
 
+class Reading(NamedTuple):
+    """All counts at one moment."""
+
+    cache: StatsSnapshot
+    guesses: PrefetchCounts
+    prefetch_used_bytes: int
+    prefetch_wasted_bytes: int
+    bytes_read: int
+    bytes_copied: int
+    stall_s: float
+    lookahead: LookaheadCounts
+
+
 class Meter:
     """What residency and lookahead have counted, and the difference between two moments."""
 
@@ -79,14 +91,17 @@ class Meter:
         self.residency, self._lookahead = residency, lookahead
 
     def read(self) -> Reading:
-        """Cache counts, bytes read, bytes copied to the device, stall and lookahead, now."""
+        """The counts now."""
         residency = self.residency
-        return (
-            residency.cache.stats.snapshot(),
-            residency.bytes_read,
-            residency.bytes_copied,
-            residency.stall_s,
-            self._lookahead.counts,
+        return Reading(
+            cache=residency.cache.stats.snapshot(),
+            guesses=residency.guesses.counts,
+            prefetch_used_bytes=residency.prefetch_used_bytes,
+            prefetch_wasted_bytes=residency.prefetch_wasted_bytes,
+            bytes_read=residency.bytes_read,
+            bytes_copied=residency.bytes_copied,
+            stall_s=residency.stall_s,
+            lookahead=self._lookahead.counts,
         )
 
     def since(self, earlier: Reading, **times: Any) -> RunReport:
@@ -96,18 +111,23 @@ class Meter:
     @staticmethod
     def between(earlier: Reading, later: Reading, **times: Any) -> RunReport:
         """The same between two readings."""
-        snapshot, bytes_read, bytes_copied, stall_s, lookahead = later
-        counts = snapshot.diff(earlier[0])
+        counts = later.cache.diff(earlier.cache)
+        guesses = later.guesses - earlier.guesses
+        prefetch = counts.prefetch + guesses
+        guessed = guesses.used + guesses.late  # to the cache they were misses: it does not know of staging
         return RunReport(
-            hits=counts.total.hits,
-            misses=counts.total.misses + counts.total.bypassed,
-            bytes_read=bytes_read - earlier[1],
-            bytes_copied=bytes_copied - earlier[2],
-            stall_s=stall_s - earlier[3],
-            prefetch_issued=counts.prefetch.issued,
-            prefetch_used=counts.prefetch.used + counts.prefetch.late,
-            prefetch_wasted=counts.prefetch.wasted,
-            prefetch_recall=(lookahead - earlier[4]).recall,
+            hits=counts.total.hits + guessed,
+            misses=counts.total.misses + counts.total.bypassed - guessed,
+            bytes_read=later.bytes_read - earlier.bytes_read,
+            bytes_copied=later.bytes_copied - earlier.bytes_copied,
+            stall_s=later.stall_s - earlier.stall_s,
+            prefetch_issued=prefetch.issued,
+            prefetch_used=prefetch.used + prefetch.late,
+            prefetch_late=prefetch.late,
+            prefetch_wasted=prefetch.wasted,
+            prefetch_used_bytes=later.prefetch_used_bytes - earlier.prefetch_used_bytes,
+            prefetch_wasted_bytes=later.prefetch_wasted_bytes - earlier.prefetch_wasted_bytes,
+            prefetch_recall=(later.lookahead - earlier.lookahead).recall,
             **times,
         )
 

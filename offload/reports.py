@@ -8,7 +8,8 @@ from typing import Any
 class RunReport:
     """Counts and times; ``hits`` and ``misses`` are experts asked for by layers, misses include those without a slot.
 
-    ``stall_s`` is the time in which nothing was computed because an expert was awaited.
+    ``stall_s`` is the time in which nothing was computed because an expert was awaited. Of the experts prefetched,
+    those used were hits, some of which were waited for (late); those wasted left unused, some of them cut off halfway.
     """
 
     prompt_tokens: int = 0
@@ -22,7 +23,10 @@ class RunReport:
     stall_s: float = 0.0
     prefetch_issued: int = 0
     prefetch_used: int = 0
+    prefetch_late: int = 0
     prefetch_wasted: int = 0
+    prefetch_used_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
     prefetch_recall: float = 0.0
 
     @property

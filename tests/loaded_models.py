@@ -69,7 +69,8 @@ def check_health(model: OffloadedModel) -> None:
         assert thread.is_alive()
     residency.cache.check_integrity()
     wait_for(lambda: not residency._loads)
-    wait_for(lambda: residency._free_staging.qsize() == residency._tier.num_staging_slots)
+    num_staging_slots = residency._tier.num_staging_slots
+    wait_for(lambda: residency._free_staging.qsize() + len(residency.guesses) == num_staging_slots)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:

@@ -54,7 +54,7 @@ def test_a_predictable_router_is_predicted(model: OffloadedModel) -> None:
     decode(model)
     stats = model.stats
     assert stats.prefetch_recall == 1.0
-    counts = model._meter.read()[-1]
+    counts = model._meter.read().lookahead
     # All but the first pass, which finds out how; each layer but the first is predicted by the one before.
     assert counts.chosen == counts.predicted == counts.right == 19 * (NUM_LAYERS - 1) * TOP_K
     assert stats.prefetch_used > 0
@@ -69,13 +69,13 @@ def test_prefetched_experts_are_hits(pack: Path) -> None:
         with loaded(pack, [4] * NUM_LAYERS, prefetch=depth) as model:
             make_predictable(model.model)
             decode(model, 3)
-            before = model._residency.cache.stats.snapshot()
+            before = model._meter.read()
             decode(model)
-            counts = model._residency.cache.stats.snapshot().diff(before)
-            misses[depth] = [layer.decode.misses for layer in counts.layers]
-    assert misses[0][0] == misses[2][0] > 0
-    assert min(misses[0][1:]) > 0
-    assert misses[2][1:] == [0, 0]
+            counts = model._meter.read().cache.diff(before.cache)
+            misses[depth] = counts.layers[0].decode.misses, model._meter.since(before).misses
+    first_layer, all_layers = misses[2]
+    assert first_layer == all_layers == misses[0][0] > 0
+    assert misses[0][1] > misses[0][0]
 
 
 def test_what_was_wrong_is_counted(model: OffloadedModel) -> None:
@@ -115,8 +115,8 @@ def test_depth_is_how_many_layers_are_asked(pack: Path, depth: int) -> None:
         asked: list[int] = []
         lookahead._residency.prefetch = lambda layer_idx, experts: asked.append(layer_idx)  # type: ignore[method-assign]
         decode(model, 2)
-        # Deeper layers were asked by the layers before, as far as the depth reached.
-        assert asked == {1: [1, 2], 2: [1, 2], 5: [1, 2]}[depth]
+        # Each layer asks as far ahead as the depth reaches, again where the layer before has asked from further away.
+        assert asked == {1: [1, 2], 2: [1, 2, 2], 5: [1, 2, 2]}[depth]
         assert lookahead.num_sites == NUM_LAYERS
 
 
@@ -133,20 +133,28 @@ def test_a_late_prefetch_is_waited_for(model: OffloadedModel, disk: FaultyDisk) 
     decode(model, 2)
     disk.delay_reads(0.005)
     disk.log.clear()
-    before = model._residency.cache.stats.snapshot()
+    before = model._meter.read()
     decode(model, 20)
     check_health(model)
-    counts = model._residency.cache.stats.snapshot().diff(before)
-    assert counts.prefetch.late > 0
-    assert len(disk.log) == counts.total.misses + counts.total.bypassed + counts.prefetch.issued
+    report = model._meter.since(before)
+    assert report.prefetch_late > 0
+    assert len(disk.log) == report.misses + report.prefetch_issued
+    slot_bytes = model.manifest.layers[0].slot_bytes
+    assert report.prefetch_used_bytes == report.prefetch_used * slot_bytes
+    assert report.bytes_read == report.misses * slot_bytes + report.prefetch_used_bytes + report.prefetch_wasted_bytes
 
 
-def test_slots_for_one_token_leave_no_room(pack: Path) -> None:
-    """A prefetch never takes the place of what its layer's last step used."""
-    with loaded(pack, [TOP_K] * NUM_LAYERS, prefetch=1) as model:
-        decode(model)
-        assert model.stats.prefetch_issued == 0
-        assert model.stats.prefetch_recall > 0
+def test_slots_for_one_token_leave_room_in_staging(pack: Path) -> None:
+    """Nothing has to be evicted for a guess: where it is right, its staging slot takes the place of a slot."""
+    misses = {}
+    for depth in (0, 1):
+        with loaded(pack, [TOP_K] * NUM_LAYERS, prefetch=depth) as model:
+            make_predictable(model.model)
+            decode(model)
+            misses[depth] = model.stats.misses
+            assert model._residency.cache.stats.snapshot().prefetch.issued == 0
+            check_health(model)
+    assert misses[1] < misses[0] / 2
 
 
 # -- auto --

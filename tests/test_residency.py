@@ -28,6 +28,9 @@ class SlowToBegin:
         self.promoted.set()
         return True
 
+    def exchanges(self, layer_idx: int) -> bool:
+        return False
+
     def use(self, layer_idx: int, slot: int) -> None: ...
     def used(self, layer_idx: int, slot: int) -> None: ...
     def close(self) -> None: ...

@@ -6,6 +6,7 @@ Which norm feeds which router is found out during the first forward pass, by the
 a router that no norm feeds takes the residual itself.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _RECENT_NORMS = 8
 
 @dataclass
 class _RouterSite:
-    """A layer's router, the norm before it, if any, and what they were given last."""
+    """A layer's router, the norm before it, if any, and what it takes."""
 
     router: Any
     num_experts: int
@@ -35,7 +36,6 @@ class _RouterSite:
     is_known: bool = False  # the first forward pass has told what the router needs
     norm: Any = None
     constants: tuple[torch.Tensor | None, ...] = ()  # what the router takes besides the hidden states
-    residual: torch.Tensor | None = None
     takes_rows: bool = True  # the router's input is [T, H]; else [B, S, H]
 
     guess: Callable[[], Sequence[int]] | None = None  # what is said in its place
@@ -80,15 +80,24 @@ class LookaheadCounts:
         )
 
 
+class _Pass(threading.local):
+    """The forward pass that a thread is in."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.residuals: dict[int, torch.Tensor] = {}  # layer_idx -> what its router's norm was given
+        self.predicted: dict[int, set[int]] = {}
+
+
 class Lookahead:
     """Predicts and prefetches the experts of the next ``depth`` layers. A prediction never touches the result."""
 
     def __init__(self, model: nn.Module, modules: Sequence[str], top_k: Sequence[int], residency: Residency) -> None:
         """``modules``: the names of the expert containers in layer order; routers are sought beside them."""
-        self.depth = 0
-        self.counts = LookaheadCounts()
         self._residency = residency
-        self._predicted: dict[int, set[int]] = {}
+        self._pass = _Pass()
+        self._lock = threading.Lock()
+        self._counts = LookaheadCounts()
         self._sites: dict[int, _RouterSite] = {}
         for layer_idx, name in enumerate(modules):
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -99,6 +108,21 @@ class Lookahead:
         self._probes: list[RemovableHandle] = []
         self._recent_norms: deque[tuple[torch.Tensor, nn.Module]] = deque(maxlen=_RECENT_NORMS)
         self._begin_probe(model)
+
+    @property
+    def depth(self) -> int:
+        """How many layers this thread's passes look ahead."""
+        return self._pass.depth
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        self._pass.depth = depth
+
+    @property
+    def counts(self) -> LookaheadCounts:
+        """Of all threads."""
+        with self._lock:
+            return self._counts
 
     @property
     def num_sites(self) -> int:
@@ -141,15 +165,15 @@ class Lookahead:
             probe.remove()
         self._probes.clear()
         self._recent_norms.clear()
-        for site in self._sites.values():
+        for layer_idx, site in self._sites.items():
             if site.is_known:
                 source = site.router if site.norm is None else site.norm
-                source.register_forward_pre_hook(self._residual_recorder(site))
+                source.register_forward_pre_hook(self._residual_recorder(layer_idx))
 
-    def _residual_recorder(self, site: _RouterSite) -> Any:
+    def _residual_recorder(self, layer_idx: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-            is_step = self.depth and args and args[0].shape[:-1].numel() <= MAX_PREDICTED_ROWS
-            site.residual = args[0] if is_step else None  # a prompt's would stay in memory, one in each layer
+            if self._pass.depth and args and args[0].shape[:-1].numel() <= MAX_PREDICTED_ROWS:
+                self._pass.residuals[layer_idx] = args[0]
 
         return record
 
@@ -158,24 +182,32 @@ class Lookahead:
     @torch.no_grad()
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Compare with what was predicted for this layer, then predict and prefetch for the next ones."""
-        predicted = self._predicted.pop(layer_idx, None)
+        here = self._pass
+        predicted = here.predicted.pop(layer_idx, None)
+        residual = here.residuals.pop(layer_idx, None)
         if predicted is not None:
             self._residency.cancel_prefetches(layer_idx, expert_ids)
-            self.counts = LookaheadCounts(
-                self.counts.predicted + len(predicted),
-                self.counts.chosen + len(expert_ids),
-                self.counts.right + len(predicted & set(expert_ids)),
-            )
-        site = self._sites.get(layer_idx)
-        if not self.depth or site is None or site.residual is None:
+            self._count(predicted, expert_ids)
+        if residual is None:
             return
-        for ahead in range(1, self.depth + 1):
-            target = self._sites.get(layer_idx + ahead)
-            if target is None or not target.is_known or layer_idx + ahead in self._predicted:
+        for target_idx in range(layer_idx + 1, layer_idx + 1 + here.depth):
+            target = self._sites.get(target_idx)
+            if target is None or not target.is_known:
                 continue
-            index = target.predict(site.residual)
+            index = target.predict(residual)
             if index is None:
                 continue
             chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < target.num_experts]
-            self._predicted[layer_idx + ahead] = set(chosen)
-            self._residency.prefetch(layer_idx + ahead, chosen)
+            if target_idx in here.predicted:  # from further away: this layer's residual knows better
+                self._residency.cancel_prefetches(target_idx, chosen)
+            here.predicted[target_idx] = set(chosen)
+            self._residency.prefetch(target_idx, chosen)
+
+    def _count(self, predicted: set[int], chosen: Sequence[int]) -> None:
+        with self._lock:
+            counts = self._counts
+            self._counts = LookaheadCounts(
+                counts.predicted + len(predicted),
+                counts.chosen + len(chosen),
+                counts.right + len(predicted & set(chosen)),
+            )

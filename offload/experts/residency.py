@@ -11,9 +11,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from moe_offload.cache import Admit, ExpertCache, Lease
 from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
+from moe_offload.offload.experts.guesses import Guesses
 from moe_offload.offload.experts.interrupts import InterruptShield
 from moe_offload.offload.experts.weights import ExpertWeights
 from moe_offload.offload.streaming.reader import ReadCancelledError
@@ -45,8 +47,9 @@ class Residency:
         self._free_staging: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(tier.num_staging_slots):
             self._free_staging.put(-1 - index)
+        self.guesses = Guesses(tier, self._lock, self._free_staging)
         self._interrupted = False
-        self.stall_s = 0.0
+        self._stall_s = 0.0
         # Who forgets to close leaves no threads and files behind. By a thread: garbage is collected in the middle of
         # anything, perhaps under the very locks that closing takes. The lowest way to start one takes none.
         self._forgotten = weakref.finalize(self, _thread.start_new_thread, tier.close, ())
@@ -61,6 +64,27 @@ class Residency:
     def bytes_copied(self) -> int:
         """Bytes that were copied to the device."""
         return self._tier.bytes_copied
+
+    @property
+    def stall_s(self) -> float:
+        """Time in which steps computed nothing because an expert was awaited."""
+        with self._lock:
+            return self._stall_s
+
+    @property
+    def prefetch_used_bytes(self) -> int:
+        """Bytes of experts that were prefetched and then asked for."""
+        layers = self.cache.stats.snapshot().layers
+        in_slots = sum(
+            (layer.prefetch.used + layer.prefetch.late) * self._tier.expert_bytes(layer_idx)
+            for layer_idx, layer in enumerate(layers)
+        )
+        return in_slots + self.guesses.used_bytes
+
+    @property
+    def prefetch_wasted_bytes(self) -> int:
+        """Bytes that were read of experts that were prefetched, and that nobody asked for."""
+        return self._tier.bytes_cancelled + self.guesses.dropped_bytes
 
     def new_sequence(self) -> None:
         """Another text begins."""
@@ -145,50 +169,57 @@ class Residency:
     ) -> None:
         layer_idx, bypassed = lease.layer_idx, list(lease.bypassed)
         for miss in lease.misses:
-            load = self._register(layer_idx, miss.expert_idx, _Load(miss.slot, False, [arrivals]))
-            self._transfer(layer_idx, miss.expert_idx, load)
+            self._fetch(layer_idx, miss.expert_idx, miss.slot, arrivals)
         num_pending = len(lease.misses)
-        ready: list[tuple[int, int]] = []
+        ready: list[Arrival] = []
         for hit in lease.hits:
             if not hit.loading or self._is_there(layer_idx, hit.expert_idx, hit.slot):
-                ready.append((hit.expert_idx, hit.slot))
+                ready.append((hit.expert_idx, hit.slot, None))
             elif self._wait_for(layer_idx, hit.expert_idx, arrivals):
                 num_pending += 1
             elif self._is_there(layer_idx, hit.expert_idx, hit.slot):  # it arrived between the two questions
-                ready.append((hit.expert_idx, hit.slot))
+                ready.append((hit.expert_idx, hit.slot, None))
             else:
                 bypassed.append(hit.expert_idx)  # its transfer failed, or an interrupted step never began it
+        num_pending += self._take_staged(layer_idx, bypassed, arrivals)
         num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
         if issued is not None:
             issued()
-        for experts in [ready] if together and ready else [[one] for one in ready]:
+        if together:
+            come = arrivals.get_all()
+            num_pending -= len(come)
+            ready += come
+        for batch in [ready] if together and ready else [[one] for one in ready]:
             shield.check()
-            self._compute(layer_idx, experts, compute)
+            self._compute(layer_idx, batch, compute)
         while num_pending or bypassed:
             if not num_pending:
                 num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
-            arrived = [self._next(arrivals, shield)]
+            batch = [self._next(arrivals, shield)]
             if together:
-                arrived += arrivals.get_all()
-            num_pending -= len(arrived)
-            try:
-                for _, _, error in arrived:
-                    if error is not None:
-                        raise error
-                self._compute(layer_idx, [(expert_idx, slot) for expert_idx, slot, _ in arrived], compute)
-            finally:
-                for _, slot, _ in arrived:
-                    if slot < 0:
-                        self._free_staging.put(slot)
+                batch += arrivals.get_all()
+            num_pending -= len(batch)
+            self._compute(layer_idx, batch, compute)
             num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
+            if not bypassed:  # what this layer streams goes before what the next one will
+                self.guesses.go_on()
 
-    def _compute(self, layer_idx: int, experts: list[tuple[int, int]], compute: ComputeTogether) -> None:
-        weights = [(expert_idx, self._tier.use(layer_idx, slot)) for expert_idx, slot in experts]
+    def _compute(self, layer_idx: int, batch: list[Arrival], compute: ComputeTogether) -> None:
+        """Compute what has come, and give its staging slots back whatever happens; raises what went wrong with it."""
         try:
-            compute(weights)
+            for _, _, error in batch:
+                if error is not None:
+                    raise error
+            weights = [(expert_idx, self._tier.use(layer_idx, slot)) for expert_idx, slot, _ in batch]
+            try:
+                compute(weights)
+            finally:
+                for _, slot, _ in batch:  # also if it failed midway: what it has launched still reads the slot
+                    self._tier.used(layer_idx, slot)
         finally:
-            for _, slot in experts:
-                self._tier.used(layer_idx, slot)  # also if it failed midway: what it has launched still reads the slot
+            for _, slot, _ in batch:
+                if slot < 0:
+                    self._free_staging.put(slot)
 
     def _next(self, arrivals: Arrivals, shield: InterruptShield) -> Arrival:
         shield.check()
@@ -199,9 +230,40 @@ class Residency:
             try:
                 return patiently(arrivals.get, shield)
             finally:
-                self.stall_s += time.perf_counter() - begin_s
+                with self._lock:
+                    self._stall_s += time.perf_counter() - begin_s
 
     # -- transfers --
+
+    def _fetch(self, layer_idx: int, expert_idx: int, slot: int, arrivals: Arrivals) -> None:
+        """Fill a slot for a step, or let the staging slot that the expert was guessed into take its place."""
+        load = self._register(layer_idx, expert_idx, _Load(slot, False, [arrivals]))
+        if len(self.guesses):
+            with self._lock:
+                guess = self.guesses.take(layer_idx, expert_idx)
+                if guess is not None:
+                    self._tier.exchange(layer_idx, slot, guess.slot)
+                    self._free_staging.put(guess.slot)
+                    load.transfer = guess.transfer
+                    guess.taken = partial(self._finish, layer_idx, expert_idx, load)
+            if guess is not None:
+                guess.demand()
+                return
+        self._transfer(layer_idx, expert_idx, load)
+
+    def _take_staged(self, layer_idx: int, expert_ids: list[int], arrivals: Arrivals) -> int:
+        """Take those off the list that were guessed right: they are computed from staging; how many."""
+        num_taken = 0
+        for expert_idx in list(expert_ids) if len(self.guesses) else ():
+            with self._lock:
+                guess = self.guesses.take(layer_idx, expert_idx)
+                if guess is None:
+                    continue
+                guess.taken = partial(self._staged, layer_idx, expert_idx, guess.slot, arrivals)
+            expert_ids.remove(expert_idx)
+            num_taken += 1
+            guess.demand()
+        return num_taken
 
     def _register(self, layer_idx: int, expert_idx: int, load: _Load) -> _Load:
         """Put on the books that a slot which the cache has just given to an expert is going to be filled."""
@@ -273,32 +335,61 @@ class Residency:
             try:
                 slot = self._free_staging.get_nowait()
             except queue.Empty:
+                if len(self.guesses):
+                    self.guesses.make_room()
                 if wait is None or num_begun:
-                    break
-                slot = patiently(lambda timeout_s: self._free_staging.get(timeout=timeout_s), wait)
-            expert_idx = expert_ids.pop(0)
-
-            def done(error: BaseException | None, expert_idx: int = expert_idx, slot: int = slot) -> None:
-                arrivals.put(expert_idx, slot, error)
-
-            try:
-                self._tier.begin(layer_idx, expert_idx, slot, speculative=False, done=done)
-            except Exception as error:
-                done(error)
+                    if self._free_staging.empty():
+                        break
+                    continue
+                slot = self._wait_for_staging(wait)
+            self._stage(layer_idx, expert_ids.pop(0), slot, arrivals)
             num_begun += 1
         return num_begun
+
+    def _wait_for_staging(self, shield: InterruptShield) -> int:
+        def get(timeout_s: float) -> int:
+            self.guesses.make_room()
+            return self._free_staging.get(timeout=timeout_s)
+
+        self.guesses.waiting(1)
+        try:
+            return patiently(get, shield)
+        finally:
+            self.guesses.waiting(-1)
+
+    def _stage(self, layer_idx: int, expert_idx: int, slot: int, arrivals: Arrivals) -> None:
+        done = partial(self._staged, layer_idx, expert_idx, slot, arrivals)
+        try:
+            self._tier.begin(layer_idx, expert_idx, slot, speculative=False, done=done)
+        except Exception as error:
+            done(error)
+
+    def _staged(
+        self, layer_idx: int, expert_idx: int, slot: int, arrivals: Arrivals, error: BaseException | None
+    ) -> None:
+        if isinstance(error, ReadCancelledError):  # it was a guess that had just been given up
+            self._stage(layer_idx, expert_idx, slot, arrivals)
+        else:
+            arrivals.put(expert_idx, slot, error)
 
     # -- speculation --
 
     def prefetch(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
-        """Start bringing experts that a step may ask for, behind all demand."""
+        """Start bringing experts that a step may ask for, likeliest first, behind all demand.
+
+        Into empty slots, then into staging, from where nothing has to be evicted for a mere guess; into the slots of
+        others only where a tier's staging cannot take a slot's place.
+        """
+        exchanges = self._tier.exchanges(layer_idx)
         with self._lock:  # no step is to recover meanwhile: it would take back slots that nothing is known to fill
             loads = [
                 (placement.expert_idx, self._register(layer_idx, placement.expert_idx, _Load(placement.slot, True)))
-                for placement in self.cache.admit_prefetch(layer_idx, expert_ids)
+                for placement in self.cache.admit_prefetch(layer_idx, expert_ids, evict=not exchanges)
             ]
         for expert_idx, load in loads:
             self._transfer(layer_idx, expert_idx, load)
+        if exchanges:
+            self.guesses.want(layer_idx, self.cache.missing(layer_idx, expert_ids))
 
     def cancel_prefetches(self, layer_idx: int, wanted: Iterable[int]) -> None:
         """Give up prefetches of a layer that are not ``wanted`` and that nobody waits for."""
@@ -308,6 +399,7 @@ class Residency:
                 stale = layer == layer_idx and load.speculative and expert_idx not in keep
                 if stale and load.transfer is not None:
                     load.transfer.cancel()
+        self.guesses.give_up(layer_idx, keep)
 
     # -- interrupts --
 

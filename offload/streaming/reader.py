@@ -210,7 +210,7 @@ class ExpertReader:
         if read.error is None:
             self._counters.add(reads=1)
         elif isinstance(read.error, ReadCancelledError):
-            self._counters.add(cancelled=1)
+            self._counters.add(cancelled=1, bytes_cancelled=read.next_bytes)
         else:
             self._counters.add(failed=1)
         try:

@@ -10,10 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReaderStats:
-    """Totals. ``read_s`` is the time in which at least one chunk was being read: bytes over it are the disk's rate."""
+    """Totals. ``read_s`` is the time in which at least one chunk was being read: bytes over it are the disk's rate.
+
+    ``bytes_cancelled`` are those of ``bytes_read`` that belong to reads given up halfway.
+    """
 
     reads: int = 0
     bytes_read: int = 0
+    bytes_cancelled: int = 0
     read_s: float = 0.0
     retries: int = 0
     verified: int = 0

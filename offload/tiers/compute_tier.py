@@ -32,6 +32,15 @@ class ComputeTier(Protocol):
         queue, where the transfer is ordered behind it.
         """
 
+    def exchanges(self, layer_idx: int) -> bool:
+        """Whether a staging slot can take the place of a slot of this layer."""
+
+    def exchange(self, layer_idx: int, slot: int, staging_slot: int) -> None:
+        """Let the two swap their memory, and with it what is in it or on its way there. Nobody reads either."""
+
+    def expert_bytes(self, layer_idx: int) -> int:
+        """The size of an expert of this layer."""
+
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """The expert in a slot whose transfer is done; kernels launched from now on see its bytes."""
 
@@ -41,6 +50,10 @@ class ComputeTier(Protocol):
     @property
     def bytes_read(self) -> int:
         """Bytes that came from the disk."""
+
+    @property
+    def bytes_cancelled(self) -> int:
+        """Those of them that belong to reads given up halfway."""
 
     @property
     def bytes_copied(self) -> int:

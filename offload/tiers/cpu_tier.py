@@ -2,11 +2,29 @@
 
 from collections.abc import Sequence
 
+import torch
+
+from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
-from moe_offload.offload.pack.manifest import PackManifest
+from moe_offload.offload.pack.manifest import PackManifest, PartSpec
 from moe_offload.offload.streaming.reader import ExpertReader
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.compute_tier import Done, Transfer
+
+
+class _SlotMemory:
+    """The memory of one slot, and the views of the expert in it."""
+
+    def __init__(self, slab: Slab, index: int) -> None:
+        self.bytes: memoryview = slab.memory(index)
+        self._data: torch.Tensor = slab.tensor(index)
+        self._weights: tuple[PartLayout, ExpertWeights] | None = None
+
+    def weights(self, layout: PartLayout) -> ExpertWeights:
+        """Made once, as long as the experts in it are of one layout."""
+        if self._weights is None or self._weights[0] is not layout:
+            self._weights = layout, ExpertWeights(layout, self._data)
+        return self._weights[1]
 
 
 class CpuTier:
@@ -17,35 +35,53 @@ class CpuTier:
     ) -> None:
         self._reader = reader
         self._slot_bytes = [layer.slot_bytes for layer in manifest.layers]
-        self._layouts = [PartLayout(layer.parts) for layer in manifest.layers]
+        layouts: dict[tuple[PartSpec, ...], PartLayout] = {}
+        self._layouts = [layouts.setdefault(layer.parts, PartLayout(layer.parts)) for layer in manifest.layers]
         self._slabs = [Slab(slots, size) for slots, size in zip(num_slots, self._slot_bytes, strict=True)]
-        self._staging = Slab(num_staging_slots, max(self._slot_bytes))
+        self._staging_bytes = max(self._slot_bytes)
+        self._slabs.append(Slab(num_staging_slots, self._staging_bytes))
+        *self._slots, self._staging = [[_SlotMemory(slab, i) for i in range(slab.num_slots)] for slab in self._slabs]
         self.num_staging_slots = num_staging_slots
-        self._weights: dict[tuple[int, int], ExpertWeights] = {}
 
     def begin(self, layer_idx: int, expert_idx: int, slot: int, *, speculative: bool, done: Done) -> Transfer:
         """Read straight into the slot."""
-        memory = self._slabs[layer_idx].memory(slot) if slot >= 0 else self._staging.memory(-1 - slot)
-        return self._reader.submit(
-            layer_idx, expert_idx, memory[: self._slot_bytes[layer_idx]], speculative=speculative, on_done=done
-        )
+        into = self._memory(layer_idx, slot).bytes[: self._slot_bytes[layer_idx]]
+        return self._reader.submit(layer_idx, expert_idx, into, speculative=speculative, on_done=done)
+
+    def exchanges(self, layer_idx: int) -> bool:
+        """Where experts are as large as staging slots, which are made for the largest."""
+        return self._slot_bytes[layer_idx] == self._staging_bytes
+
+    def exchange(self, layer_idx: int, slot: int, staging_slot: int) -> None:
+        """Give each the other's memory."""
+        slots, staging = self._slots[layer_idx], self._staging
+        slots[slot], staging[-1 - staging_slot] = staging[-1 - staging_slot], slots[slot]
+
+    def expert_bytes(self, layer_idx: int) -> int:
+        """The size of an expert of this layer."""
+        return self._slot_bytes[layer_idx]
 
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """Views of the slot, made once."""
-        weights = self._weights.get((layer_idx, slot))
-        if weights is None:
-            data = self._slabs[layer_idx].tensor(slot) if slot >= 0 else self._staging.tensor(-1 - slot)
-            weights = ExpertWeights(self._layouts[layer_idx], data)
-            self._weights[layer_idx, slot] = weights
-        return weights
+        return self._memory(layer_idx, slot).weights(self._layouts[layer_idx])
 
     def used(self, layer_idx: int, slot: int) -> None:
         """Nothing: CPU kernels have finished when they return."""
+
+    def _memory(self, layer_idx: int, slot: int) -> _SlotMemory:
+        if not self._staging:
+            raise ConfigError("the memory of the experts was freed: the model is closed; load it again")
+        return self._slots[layer_idx][slot] if slot >= 0 else self._staging[-1 - slot]
 
     @property
     def bytes_read(self) -> int:
         """Bytes that came from the disk."""
         return self._reader.stats.bytes_read
+
+    @property
+    def bytes_cancelled(self) -> int:
+        """Those of them that belong to reads given up halfway."""
+        return self._reader.stats.bytes_cancelled
 
     @property
     def bytes_copied(self) -> int:
@@ -55,6 +91,6 @@ class CpuTier:
     def close(self) -> None:
         """Fail what is being read, then free the slots."""
         self._reader.close()
-        self._weights.clear()
-        for slab in [*self._slabs, self._staging]:
+        self._slots, self._staging = [[] for _ in self._slots], []
+        for slab in self._slabs:
             slab.close()

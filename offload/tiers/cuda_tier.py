@@ -86,6 +86,18 @@ class CudaTier:
         keep = slot >= 0 and not speculative
         return self._host.fetch(layer_idx, expert_idx, speculative=speculative, keep=keep, landed=landed, failed=done)
 
+    def exchanges(self, layer_idx: int) -> bool:
+        """No: copies and kernels are ordered slot by slot."""
+        return False
+
+    def exchange(self, layer_idx: int, slot: int, staging_slot: int) -> None:
+        """Not offered."""
+        raise NotImplementedError
+
+    def expert_bytes(self, layer_idx: int) -> int:
+        """The size of an expert of this layer."""
+        return self._slot_bytes[layer_idx]
+
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """Views of the slot, made once; this thread's stream waits for the copy, the thread does not."""
         self._slot(layer_idx, slot).use()
@@ -106,6 +118,11 @@ class CudaTier:
     def bytes_read(self) -> int:
         """Bytes that came from the disk."""
         return self._host.bytes_read
+
+    @property
+    def bytes_cancelled(self) -> int:
+        """Those of them that belong to reads given up halfway."""
+        return self._host.bytes_cancelled
 
     @property
     def bytes_copied(self) -> int:

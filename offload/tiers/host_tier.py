@@ -91,6 +91,11 @@ class HostTier:
         """Bytes that came from the disk."""
         return self._reader.stats.bytes_read
 
+    @property
+    def bytes_cancelled(self) -> int:
+        """Those of them that belong to reads given up halfway."""
+        return self._reader.stats.bytes_cancelled
+
     def resident(self, layer_idx: int) -> list[int]:
         """The experts in a layer's host slots."""
         with self._lock:

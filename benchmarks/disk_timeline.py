@@ -1,0 +1,114 @@
+"""When the disk was read during a run, and what the run was doing while it was not."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from moe_offload.offload.streaming.disk import Disk, DiskFile
+
+Span = tuple[float, float]
+
+
+@dataclass
+class DiskTimeline:
+    """Spans of time: reads, layers' experts from asked for to summed, and computing within them."""
+
+    reads: list[Span] = field(default_factory=list)
+    layers: list[Span] = field(default_factory=list)
+    computing: list[Span] = field(default_factory=list)
+
+    def watch(self, model: Any) -> None:
+        """Follow an `OffloadedModel` from now on."""
+        residency = model._residency
+        files = residency._tier._reader._files
+        files._disk = _WatchedDisk(files._disk, self.reads)
+        files._entries.clear()  # nothing has been read yet, or what was opened is opened again
+        run, compute = residency._step, residency._compute
+        residency._step = MethodType(lambda _, *args, **kwargs: self._timed(self.layers, run, args, kwargs), residency)
+        residency._compute = MethodType(
+            lambda _, *args, **kwargs: self._timed(self.computing, compute, args, kwargs), residency
+        )
+
+    @staticmethod
+    def _timed(spans: list[Span], call: Any, args: Any, kwargs: Any) -> Any:
+        begin_s = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            spans.append((begin_s, time.perf_counter()))
+
+    def shares(self, begin_s: float, end_s: float) -> dict[str, float]:
+        """Shares of the time from ``begin_s`` to ``end_s``.
+
+        ``busy``: at least one read was under way. The rest by what ran meanwhile: ``idle_dense`` outside of experts,
+        ``idle_computing`` experts, ``idle_waiting`` neither (between asking and the disk's first byte, and wake-ups).
+        """
+        busy, layers, computing = (
+            _union(_clip(spans, begin_s, end_s)) for spans in (self.reads, self.layers, self.computing)
+        )
+        whole_s = end_s - begin_s
+        busy_s, idle_in_layers_s = _length(busy), _length(layers) - _overlap(layers, busy)
+        idle_computing_s = _length(computing) - _overlap(computing, busy)
+        return {
+            "busy": busy_s / whole_s,
+            "idle_dense": (whole_s - busy_s - idle_in_layers_s) / whole_s,
+            "idle_computing": idle_computing_s / whole_s,
+            "idle_waiting": (idle_in_layers_s - idle_computing_s) / whole_s,
+            "computing": _length(computing) / whole_s,
+            "dense": (whole_s - _length(layers)) / whole_s,
+        }
+
+
+class _WatchedDisk:
+    def __init__(self, disk: Disk, spans: list[Span]) -> None:
+        self._disk, self._spans = disk, spans
+
+    def open(self, path: Path) -> DiskFile:
+        return _WatchedFile(self._disk.open(path), self._spans)
+
+
+class _WatchedFile:
+    def __init__(self, file: DiskFile, spans: list[Span]) -> None:
+        self._file, self._spans = file, spans
+        self.close = file.close
+
+    def pread_into(self, into: memoryview, offset_bytes: int) -> int:
+        begin_s = time.perf_counter()
+        try:
+            return self._file.pread_into(into, offset_bytes)
+        finally:
+            self._spans.append((begin_s, time.perf_counter()))
+
+
+def _clip(spans: Iterable[Span], begin_s: float, end_s: float) -> list[Span]:
+    return [(max(a, begin_s), min(b, end_s)) for a, b in spans if b > begin_s and a < end_s]
+
+
+def _union(spans: list[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for begin_s, end_s in sorted(spans):
+        if merged and begin_s <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end_s))
+        else:
+            merged.append((begin_s, end_s))
+    return merged
+
+
+def _length(spans: list[Span]) -> float:
+    return sum(end_s - begin_s for begin_s, end_s in spans)
+
+
+def _overlap(first: list[Span], second: list[Span]) -> float:
+    """Of two lists of disjoint spans in order."""
+    total_s, index = 0.0, 0
+    for begin_s, end_s in first:
+        while index < len(second) and second[index][1] <= begin_s:
+            index += 1
+        at = index
+        while at < len(second) and second[at][0] < end_s:
+            total_s += min(end_s, second[at][1]) - max(begin_s, second[at][0])
+            at += 1
+    return total_s
