@@ -25,8 +25,6 @@ from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.reports import RunReport
 
-# Cache counts, bytes read, bytes copied, stall in seconds, and lookahead at one moment.
-
 
 class _Clock(StoppingCriteria):  # type: ignore[misc]
     """Called after every token: notes the time and the tokens so far, and stops when it is told to."""

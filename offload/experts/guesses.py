@@ -126,7 +126,7 @@ class Guesses:
     # -- a step; with the lock held, which `take` and what is done with its answer must share --
 
     def take(self, layer_idx: int, expert_idx: int) -> Guess | None:
-        """The guess that a step needs, if there is one. The caller sets ``taken``, lets go of the lock and demands it."""
+        """The guess that a step needs, if any. The caller sets ``taken``, lets go of the lock, and demands it."""
         guess = self._guesses.pop((layer_idx, expert_idx), None)
         if guess is None:
             if (layer_idx, expert_idx) in self._wanted:

@@ -332,19 +332,25 @@ class Residency:
         """
         num_begun = 0
         while expert_ids:
-            try:
-                slot = self._free_staging.get_nowait()
-            except queue.Empty:
-                if len(self.guesses):
-                    self.guesses.make_room()
+            slot = self._free_slot()
+            if slot is None:
                 if wait is None or num_begun:
-                    if self._free_staging.empty():
-                        break
-                    continue
+                    break
                 slot = self._wait_for_staging(wait)
             self._stage(layer_idx, expert_ids.pop(0), slot, arrivals)
             num_begun += 1
         return num_begun
+
+    def _free_slot(self) -> int | None:
+        """A staging slot, if one is free or is held by a guess whose bytes have come."""
+        for _ in range(2):
+            try:
+                return self._free_staging.get_nowait()
+            except queue.Empty:
+                if not len(self.guesses):
+                    return None
+                self.guesses.make_room()
+        return None
 
     def _wait_for_staging(self, shield: InterruptShield) -> int:
         def get(timeout_s: float) -> int:
