@@ -29,7 +29,8 @@ from moe_offload import OffloadedModel
 pack, ram_bytes, tokens, prefetch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 prefetch = int(prefetch) if prefetch.isdecimal() else prefetch
 begin_s = time.perf_counter()
-with OffloadedModel.from_pretrained(pack, device="cpu", ram=ram_bytes, context_tokens=1024, prefetch=prefetch) as m:
+settings = dict(device="cpu", ram=ram_bytes, context_tokens=1024, prefetch=prefetch, warm_start=False)
+with OffloadedModel.from_pretrained(pack, **settings) as m:
     load_s = time.perf_counter() - begin_s
     load_peak_bytes = peak_rss_bytes() - base_bytes
     vocab = m.model.config.vocab_size

@@ -51,6 +51,9 @@ class ExpertCache:
     def num_layers(self) -> int:
         return len(self._layers)
 
+    def num_experts(self, layer_idx: int) -> int:
+        return self._num_experts[layer_idx]
+
     def num_slots(self, layer_idx: int) -> int:
         with self._lock:
             return self._layers[layer_idx].slots.num_slots
@@ -174,17 +177,22 @@ class ExpertCache:
                 hot.append(sorted(layer.slots.loaded_experts(), key=scores.__getitem__, reverse=True))
             return hot
 
+    def remember(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """Tell the policy what was hot before a restart, hottest first."""
+        with self._lock:
+            self._check_expert_ids(layer_idx, expert_ids)
+            for expert_idx in reversed(expert_ids):
+                self._policy.touch(layer_idx, [expert_idx], None)
+
     def admit_warm(self, layer_idx: int, expert_ids: Sequence[int]) -> list[Placement]:
         """Empty slots, while there are any, for those of the experts that are not resident, hottest first.
 
-        To the policy it is as if a step had asked for them.
+        The policy is not told: see `remember`.
         """
         with self._lock:
             self._release_abandoned()
             self._check_expert_ids(layer_idx, expert_ids)
-            placements = self._layers[layer_idx].admit_warm(expert_ids)
-            self._policy.touch(layer_idx, [placement.expert_idx for placement in placements], None)
-            return placements
+            return self._layers[layer_idx].admit_warm(expert_ids)
 
     # -- size --
 

@@ -71,6 +71,11 @@ _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
         help="Read the experts that the next N layers will probably ask for, when the disk is idle.",
     ),
     click.option(
+        "--warm-start/--no-warm-start",
+        default=True,
+        help="Begin with the experts that were in use at the end of the last run.",
+    ),
+    click.option(
         "--verify",
         type=click.Choice(choices.VERIFY),
         default="first",

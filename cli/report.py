@@ -32,6 +32,7 @@ def totals(stats: Run) -> list[tuple[str, str]]:
         ("speed", f"{stats.tokens_per_s:.1f} tok/s over {format_seconds(stats.decode_s)} of decoding"),
         ("experts", f"{stats.hits + stats.misses} asked for, {_hits(stats)} found in memory"),
         ("read", f"{format_size(stats.bytes_read)} from the disk{copied}"),
+        *([("warm start", f"{stats.warmed} experts")] if stats.warmed else []),
         ("stalled", format_seconds(stats.stall_s)),
         (
             "prefetched",
@@ -63,6 +64,7 @@ def cache_figures(run: Run) -> dict[str, Any]:
         "prefetch_used": run.prefetch_used,
         "prefetch_wasted": run.prefetch_wasted,
         "prefetch_recall": run.prefetch_recall,
+        "warmed": run.warmed,
     }
 
 

@@ -79,6 +79,7 @@ class Reading(NamedTuple):
     bytes_read: int
     bytes_copied: int
     stall_s: float
+    num_warmed: int
     lookahead: LookaheadCounts
 
 
@@ -99,6 +100,7 @@ class Meter:
             bytes_read=residency.bytes_read,
             bytes_copied=residency.bytes_copied,
             stall_s=residency.stall_s,
+            num_warmed=residency.num_warmed,
             lookahead=self._lookahead.counts,
         )
 
@@ -126,6 +128,7 @@ class Meter:
             prefetch_used_bytes=later.prefetch_used_bytes - earlier.prefetch_used_bytes,
             prefetch_wasted_bytes=later.prefetch_wasted_bytes - earlier.prefetch_wasted_bytes,
             prefetch_recall=(later.lookahead - earlier.lookahead).recall,
+            warmed=later.num_warmed - earlier.num_warmed,
             **times,
         )
 

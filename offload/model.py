@@ -15,6 +15,7 @@ from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
+from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.generation import Generator, Meter
 from moe_offload.offload.loader import LoadedModel, load_model
 from moe_offload.offload.pack.manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
@@ -77,6 +78,7 @@ class OffloadedModel:
         *,
         prefetch: str | int,
         top_k: int,
+        hot_set: HotSetFile | None = None,
     ) -> None:
         """For `from_pretrained`."""
         self.model, self.tokenizer = loaded.model, tokenizer
@@ -88,6 +90,9 @@ class OffloadedModel:
         PrefetchSwitch(self.model, loaded.step, lookahead, prefetch)
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
+        self._hot_set = hot_set
+        if hot_set is not None:
+            WarmStart(loaded.residency, hot_set.load())
         self._generator = Generator(
             self.model,
             tokenizer,
@@ -111,6 +116,7 @@ class OffloadedModel:
         context_tokens: int = 4096,
         policy: str = "decay",
         prefetch: str | int = "auto",
+        warm_start: bool = True,
         verify: str = "first",
         revision: str | None = None,
         token: str | None = None,
@@ -123,7 +129,9 @@ class OffloadedModel:
         ``vram`` and ``ram`` bound what is allocated there: bytes, "6GiB", "80%" or "auto" (what is free, less a
         margin). ``format`` and ``dense_format`` say how a checkpoint is packed; a pack has its own. ``prefetch`` is
         "off", "auto" or the number of layers to look ahead; it never changes the result, and neither do budgets and
-        policies. ``verify``: check an expert's checksum on its "first" read, "always" or "off".
+        policies. ``warm_start``: keep in a small file beside the pack which experts were hot when the model was
+        closed, and read those first, in the background. ``verify``: check an expert's checksum on its "first" read,
+        "always" or "off".
 
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.
@@ -192,7 +200,8 @@ class OffloadedModel:
                 raise
         finally:
             dense.close()
-        return cls(loaded, tokenizer, plan, manifest, prefetch=prefetch, top_k=top_k)
+        hot_set = HotSetFile(folder, plan.num_experts) if warm_start else None
+        return cls(loaded, tokenizer, plan, manifest, prefetch=prefetch, top_k=top_k, hot_set=hot_set)
 
     # -- text --
 
@@ -304,6 +313,8 @@ class OffloadedModel:
         """Stop what is running and free the slots; the model refuses to run afterwards. May be called twice."""
         self.stop()
         self._generator.wait_until_idle(CLOSE_TIMEOUT_S)
+        if self._hot_set is not None and not self._step.closed:
+            self._hot_set.save(self._residency.cache.hot_set())
         self._step.closed = True
         self._residency.close()
 

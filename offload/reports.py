@@ -10,6 +10,7 @@ class RunReport:
 
     ``stall_s`` is the time in which nothing was computed because an expert was awaited. Of the experts prefetched,
     those used were hits, some of which were waited for (late); those wasted left unused, some of them cut off halfway.
+    ``warmed`` experts were read back by a warm start.
     """
 
     prompt_tokens: int = 0
@@ -28,6 +29,7 @@ class RunReport:
     prefetch_used_bytes: int = 0
     prefetch_wasted_bytes: int = 0
     prefetch_recall: float = 0.0
+    warmed: int = 0
 
     @property
     def tokens_per_s(self) -> float:

@@ -26,6 +26,7 @@ class FakeRun:
     prefetch_used: int = 4
     prefetch_wasted: int = 1
     prefetch_recall: float = 0.5
+    warmed: int = 0
 
 
 @dataclass(frozen=True)

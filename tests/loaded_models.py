@@ -56,7 +56,7 @@ def loaded(
         patch.setattr(model_module, "make_plan", plan_with_slots)
         patch.setattr(reader, "DirectDisk", lambda: disk or FaultyDisk())
         model = OffloadedModel.from_pretrained(
-            folder, **({"device": "cpu", "ram": "1GiB", "context_tokens": 64} | kwargs)
+            folder, **({"device": "cpu", "ram": "1GiB", "context_tokens": 64, "warm_start": False} | kwargs)
         )
     with model:
         yield model

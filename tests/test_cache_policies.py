@@ -183,6 +183,7 @@ def test_the_hot_set_survives_a_restart(name: str):
 
 def test_lru_keeps_the_order_of_a_warm_start():
     cache = ExpertCache([6], [3], "lru")
+    cache.remember(0, [4, 0, 2, 5])
     for placement in cache.admit_warm(0, [4, 0, 2, 5]):
         cache.mark_loaded(0, placement.expert_idx)
     assert cache.hot_set() == [[4, 0, 2]]

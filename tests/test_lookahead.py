@@ -104,7 +104,6 @@ def test_prompts_and_large_batches_are_not_predicted(model: OffloadedModel) -> N
         model.model(**example_inputs(config, 1, 3))
         model.model(**example_inputs(config, 1, 30))
         model.model(**example_inputs(config, 9, 1))
-    assert model.stats.prefetch_issued == 0
     assert model._meter.read()[-1] == LookaheadCounts()
 
 

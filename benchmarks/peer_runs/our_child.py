@@ -59,9 +59,9 @@ def main() -> None:
         ram=ram_bytes,
         context_tokens=max(settings["prompt_tokens"] + warmup + decode, settings["prefill_tokens"]) + 1,
         prefetch=settings["prefetch"],
+        warm_start=False,
     ) as offloaded:
         load_s = time.perf_counter() - begin_s
-        slot_bytes = sum(layer.slot_bytes for layer in offloaded.manifest.layers) / len(offloaded.manifest.layers)
         marks: list[_Mark] = []
 
         def mark(num_tokens: int = 0) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         def missed_bytes(first: _Mark, last: _Mark) -> float:
             """Without what was prefetched in vain: the bound is of what was missing."""
             report = offloaded._meter.between(first.counts, last.counts)
-            return max(0, report.bytes_read - report.prefetch_wasted * slot_bytes)
+            return max(0, report.bytes_read - report.prefetch_wasted_bytes)
 
         prompt = torch.tensor([tokens(settings["prompt_tokens"])])
         offloaded._generator.replay(prompt, tokens(1 + warmup + decode), mark)

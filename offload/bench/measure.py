@@ -48,6 +48,7 @@ def measure(job: Job) -> RunFigures:
         context_tokens=workload.context_tokens,
         policy=job.setting.policy,
         prefetch=job.setting.prefetch,
+        warm_start=False,
     ) as model:
         load_s = time.perf_counter() - begin_s
         note = _force_routing(model, job)

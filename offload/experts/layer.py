@@ -25,6 +25,7 @@ class Predictor(Protocol):
     """Told what each layer's router chose, while the misses are on their way; may prefetch for later layers."""
 
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
+    def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
 
 
 class StoppedError(Exception):
@@ -100,8 +101,10 @@ class ExpertLayer:
         """Whether this is a prompt, and what to call when the misses are on their way."""
         self._step.check_stopped()
         prefill = self._step.prefill
-        predictor = None if prefill else self._step.predictor
-        return prefill, partial(predictor.after_routing, self.layer_idx, expert_ids) if predictor else None
+        predictor = self._step.predictor
+        if predictor is None:
+            return prefill, None
+        return prefill, partial(predictor.in_prompt if prefill else predictor.after_routing, self.layer_idx, expert_ids)
 
     def routed(
         self,

@@ -22,6 +22,8 @@ from moe_offload.offload.experts.residency import Residency
 _ROUTER_NAMES = ("gate", "router")
 # A step of more rows than this is a prompt or a large batch: it touches most experts, so there is nothing to predict.
 MAX_PREDICTED_ROWS = 8
+# A prompt that uses this share of a layer's experts will use most of the next layer's: they are read ahead unasked.
+PROMPT_SHARE = 0.75
 # A router runs soon after its norm, so only the last outputs need to be kept to tell whose it was given.
 _RECENT_NORMS = 8
 
@@ -94,6 +96,7 @@ class Lookahead:
 
     def __init__(self, model: nn.Module, modules: Sequence[str], top_k: Sequence[int], residency: Residency) -> None:
         """``modules``: the names of the expert containers in layer order; routers are sought beside them."""
+        self.reads_prompts_ahead = False
         self._residency = residency
         self._pass = _Pass()
         self._lock = threading.Lock()
@@ -202,6 +205,15 @@ class Lookahead:
                 self._residency.cancel_prefetches(target_idx, chosen)
             here.predicted[target_idx] = set(chosen)
             self._residency.prefetch(target_idx, chosen)
+
+    def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """Let the disk go on with the next layer when it is done with this one, while this one is computed."""
+        if not self.reads_prompts_ahead:
+            return
+        self._residency.cancel_prefetches(layer_idx, expert_ids)
+        cache, next_idx = self._residency.cache, layer_idx + 1
+        if next_idx < cache.num_layers and len(expert_ids) >= PROMPT_SHARE * cache.num_experts(layer_idx):
+            self._residency.prefetch(next_idx, range(cache.num_experts(next_idx)))
 
     def _count(self, predicted: set[int], chosen: Sequence[int]) -> None:
         with self._lock:

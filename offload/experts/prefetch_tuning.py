@@ -81,6 +81,7 @@ class PrefetchSwitch:
         self._depth = parse_prefetch(prefetch)
         self._tuner = PrefetchTuner(self._depth) if prefetch == "auto" else None
         self._decode_begin_s: float | None = None
+        lookahead.reads_prompts_ahead = self._depth > 0
         model.register_forward_pre_hook(self._before)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -33,6 +33,7 @@ class _Load:
     speculative: bool
     waiting: list[Arrivals] = field(default_factory=list)
     transfer: Transfer | None = None
+    warmed: Callable[[BaseException | None], None] | None = None  # a warm start's: no step's prediction cancels it
 
 
 class Residency:
@@ -50,6 +51,7 @@ class Residency:
         self.guesses = Guesses(tier, self._lock, self._free_staging)
         self._interrupted = False
         self._stall_s = 0.0
+        self._num_warmed = 0
         # Who forgets to close leaves no threads and files behind. By a thread: garbage is collected in the middle of
         # anything, perhaps under the very locks that closing takes. The lowest way to start one takes none.
         self._forgotten = weakref.finalize(self, _thread.start_new_thread, tier.close, ())
@@ -70,6 +72,11 @@ class Residency:
         """Time in which steps computed nothing because an expert was awaited."""
         with self._lock:
             return self._stall_s
+
+    @property
+    def num_warmed(self) -> int:
+        """Experts that a warm start has brought."""
+        return self._num_warmed
 
     @property
     def prefetch_used_bytes(self) -> int:
@@ -301,11 +308,14 @@ class Residency:
             if error is None:
                 self._expert_in[layer_idx, load.slot] = expert_idx
                 self.cache.mark_loaded(layer_idx, expert_idx)
+                self._num_warmed += load.warmed is not None
             else:
                 self.cache.mark_failed(layer_idx, expert_idx)
             waiting = load.waiting
         for arrivals in waiting:
             arrivals.put(expert_idx, load.slot, error)
+        if load.warmed is not None:
+            load.warmed(error)
 
     def _is_there(self, layer_idx: int, expert_idx: int, slot: int) -> bool:
         with self._lock:
@@ -403,9 +413,18 @@ class Residency:
         with self._lock:
             for (layer, expert_idx), load in self._loads.items():
                 stale = layer == layer_idx and load.speculative and expert_idx not in keep
-                if stale and load.transfer is not None:
+                if stale and load.warmed is None and load.transfer is not None:
                     load.transfer.cancel()
         self.guesses.give_up(layer_idx, keep)
+
+    def warm(self, layer_idx: int, expert_idx: int, warmed: Callable[[BaseException | None], None]) -> bool:
+        """Bring an expert into an empty slot, behind all demand, and say when; False if there is none, or no need."""
+        with self._lock:
+            placements = self.cache.admit_warm(layer_idx, [expert_idx])
+            loads = [self._register(layer_idx, expert_idx, _Load(p.slot, True, warmed=warmed)) for p in placements]
+        for load in loads:
+            self._transfer(layer_idx, expert_idx, load)
+        return bool(loads)
 
     # -- interrupts --
 

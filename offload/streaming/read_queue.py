@@ -8,6 +8,9 @@ from typing import Protocol
 from moe_offload.errors import ExpertReadError, MoeOffloadError
 from moe_offload.offload.pack.manifest import ExpertSpec
 
+# Chunks of speculation read at once: as fast as more on one disk, and what a demand has to wait for when it comes.
+MAX_SPECULATIVE_CHUNKS = 2
+
 OnDone = Callable[[BaseException | None], None]
 
 
@@ -43,6 +46,7 @@ class Read:
         self.claimed = False  # one thread verifies or settles it
         self.next_bytes = 0
         self.in_flight = 0
+        self.guessed_in_flight = 0  # those of them that were handed out as speculation
         self.rereads = 0
         self.settled = threading.Event()
         self._queue = queue
@@ -88,6 +92,7 @@ class ReadQueue:
         self._speculation: deque[Read] = deque()
         self._given_up: deque[Read] = deque()
         self._unsettled: set[Read] = set()
+        self._num_guessed_chunks = 0
         self._closed_because: str | None = None
 
     def add(self, read: Read) -> None:
@@ -107,8 +112,10 @@ class ReadQueue:
             while True:
                 if self._given_up:
                     return self._given_up.popleft(), None
-                if self._demand or self._speculation:
-                    return self._next_chunk(self._demand or self._speculation)
+                if self._demand:
+                    return self._next_chunk(self._demand)
+                if self._speculation and self._num_guessed_chunks < MAX_SPECULATIVE_CHUNKS:
+                    return self._next_chunk(self._speculation)
                 if self._closed_because is not None:
                     return None
                 self._work.wait()
@@ -117,6 +124,8 @@ class ReadQueue:
         """A chunk from `take` is read or has failed; True if the caller is to conclude the read."""
         with self._lock:
             read.in_flight -= 1
+            if read.guessed_in_flight:
+                self._guess_ended(read, 1)
             if error is not None:
                 self._abandon(read, error)
             if read.queued or read.in_flight or read.claimed:
@@ -157,6 +166,7 @@ class ReadQueue:
         with self._lock:
             if read.error is not None:
                 return False
+            self._guess_ended(read, read.guessed_in_flight)
             if read.speculative and read.queued:
                 self._speculation.remove(read)
                 read.speculative = False
@@ -192,10 +202,19 @@ class ReadQueue:
         span = range(read.next_bytes, min(read.next_bytes + self._chunk_bytes, read.size_bytes))
         read.next_bytes = span.stop
         read.in_flight += 1
+        if read.speculative:
+            read.guessed_in_flight += 1
+            self._num_guessed_chunks += 1
         if span.stop == read.size_bytes:
             queue.popleft()
             read.queued = False
         return read, span
+
+    def _guess_ended(self, read: Read, num_chunks: int) -> None:
+        """So many of its chunks count as speculation no more: other guesses may be read."""
+        read.guessed_in_flight -= num_chunks
+        self._num_guessed_chunks -= num_chunks
+        self._work.notify(num_chunks)
 
     def _abandon(self, read: Read, error: MoeOffloadError) -> None:
         """Hand out no more chunks; the first error stays."""
