@@ -1,75 +1,92 @@
 """What ``moe-offload bench`` shows: a line for every run as it ends, and the table at the end."""
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_offload.cli.report import format_seconds
 from moe_offload.offload.bench.report import BenchReport, Row, RunFigures
 from moe_offload.offload.bench.settings import MODEL_ROUTING, Setting
 from moe_offload.offload.planning.sizes import format_size
 
 
-def setting_name(setting: Setting) -> str:
-    """The setting in a few words: ``4GiB, decay, prefetch auto``."""
-    budget = f"{setting.resident:.0%} resident" if setting.resident is not None else str(setting.ram)
-    return f"{budget}, {setting.policy}, prefetch {setting.prefetch}"
-
-
 def one_run(setting: Setting, run: RunFigures) -> str:
     """A run as it ends."""
+    budget = f"{setting.resident:.0%} resident" if setting.resident is not None else str(setting.ram)
+    peak = "" if run.peak_bytes is None else f", {format_size(run.peak_bytes)} held at most"
     return (
-        f"{setting_name(setting)}: {run.tokens_per_s:.2f} tok/s, {run.hit_ratio:.0%} hits, "
-        f"{format_size(round(run.bytes_read_per_token))} read a token"
+        f"{budget}, {setting.policy}, prefetch {setting.prefetch}: {run.tokens_per_s:.2f} tok/s, "
+        f"{run.hit_ratio:.0%} hits, {format_size(round(run.bytes_read_per_token))} read a token{peak}"
     )
 
 
 def table(report: BenchReport) -> RenderableType:
-    """All rows, under what they were measured on and against."""
-    rates, workload, pack = report.rates, report.workload, report.pack
+    """All rows, under what they were measured on and against. What all have in common stands above, not in columns."""
+    settings = [row.setting for row in report.rows]
+    columns = [
+        ("RAM", [format_size(row.best.ram_bytes) for row in report.rows]),
+        ("slots", [f"{row.best.resident_share:.0%}" for row in report.rows]),
+    ]
+    common = []
+    for title, values in (
+        ("policy", [setting.policy for setting in settings]),
+        ("prefetch", [str(setting.prefetch) for setting in settings]),
+    ):
+        if len(set(values)) > 1:
+            columns.append((title, values))
+        else:
+            common.append(f"{title} {values[0]}")
+    columns += _figures(report)
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for title, _ in columns:
+        grid.add_column(title, justify="right", no_wrap=True)
+    for cells in zip(*(values for _, values in columns), strict=True):
+        grid.add_row(*cells)
+    return Group(_heading(report, common), grid)
+
+
+def _figures(report: BenchReport) -> list[tuple[str, list[str]]]:
+    def column(title: str, cell: object) -> tuple[str, list[str]]:
+        assert callable(cell)
+        return title, [str(cell(row)) for row in report.rows]
+
+    def bound(row: Row) -> str:
+        limit = report.bound(row)
+        return f"{limit.tokens_per_s:.2f} {limit.by}"
+
+    columns = [column("tok/s", lambda row: f"{row.best.tokens_per_s:.2f}")]
+    if max(len(row.runs) for row in report.rows) > 1:
+        columns.append(column("median", lambda row: f"{row.median_tokens_per_s:.2f}"))
+    if report.workload.kind == "prefill":
+        columns.append(column("first token", lambda row: format_seconds(row.best.time_to_first_token_s)))
+    return [
+        *columns,
+        column("hits", lambda row: f"{row.best.hit_ratio:.0%}"),
+        column("read/token", lambda row: format_size(round(row.best.bytes_read_per_token))),
+        column("stall", lambda row: f"{row.best.stall_s / row.best.elapsed_s:.0%}"),
+        column("bound", bound),
+        column("of it", lambda row: f"{report.bound_share(row):.0%}"),
+    ]
+
+
+def _heading(report: BenchReport, common: list[str]) -> Text:
+    rates, workload, pack, machine = report.rates, report.workload, report.pack, report.machine
     is_prefill = workload.kind == "prefill"
-    what = f"prompts of {workload.prompt_tokens} tokens" if is_prefill else f"{workload.new_tokens} tokens decoded"
     measured = [f"memory {rates.memory_bytes_per_s / 1e9:.1f} GB/s", f"disk {rates.disk_bytes_per_s / 1e9:.2f} GB/s"]
     if rates.matrix_ops_per_s is not None:
         measured.append(f"matrix products {rates.matrix_ops_per_s / 1e9:.0f} G operations/s")
-    machine = report.machine
-    heading = Text(
+    lines = [
         f"{pack.name}: {pack.layers} layers of {pack.experts} experts, {pack.top_k} a token, "
-        f"{format_size(pack.expert_bytes)} each; {what}\n"
-        f"{machine['cpu']}, {machine['threads']} threads, kernels {machine['kernels']}; measured beside: "
-        + ", ".join(measured)
-    )
-    if not is_prefill:
-        heading.append(f"\nrouting: {report.rows[0].best.routing}")
-        if workload.routing != MODEL_ROUTING:
-            heading.append(f"; lookahead foresees {workload.recall:.0%} of it")
-    if not rates.direct:
-        heading.append("\nO_DIRECT was refused: the disk rate may be that of the page cache")
-    grid = Table()
-    for title in ("setting", "resident", "RAM", "peak"):
-        grid.add_column(title, justify="left" if title == "setting" else "right")
-    columns = ["best tok/s", "median", "hits", "read a token", "stall", "bound tok/s", "by", "of bound"]
-    for title in (["first token"] if is_prefill else []) + columns:
-        grid.add_column(title, justify="right")
-    for row in report.rows:
-        grid.add_row(*_cells(report, row))
-    return Group(heading, grid)
-
-
-def _cells(report: BenchReport, row: Row) -> list[str]:
-    best, limit = row.best, report.bound(row)
-    first = [f"{best.time_to_first_token_s:.2f} s"] if report.workload.kind == "prefill" else []
-    return [
-        setting_name(row.setting),
-        f"{best.resident_share:.0%}",
-        format_size(best.ram_bytes),
-        "-" if best.peak_bytes is None else format_size(best.peak_bytes),
-        *first,
-        f"{best.tokens_per_s:.2f}",
-        f"{row.median_tokens_per_s:.2f}",
-        f"{best.hit_ratio:.0%}",
-        format_size(round(best.bytes_read_per_token)),
-        f"{best.stall_s / best.elapsed_s:.0%}",
-        f"{limit.tokens_per_s:.2f}",
-        limit.by,
-        f"{report.bound_share(row):.0%}",
+        f"{format_size(pack.expert_bytes)} each",
+        f"{machine['threads']} threads, kernels {machine['kernels']}; measured beside: {', '.join(measured)}",
     ]
+    if not rates.direct:
+        lines.append("O_DIRECT was refused: the disk rate may be that of the page cache")
+    if is_prefill:
+        lines.append(f"prompts of {workload.prompt_tokens} tokens")
+    else:
+        foreseen = "" if workload.routing == MODEL_ROUTING else f", foreseen by {workload.recall:.0%}"
+        lines.append(f"{workload.new_tokens} tokens decoded; routing {report.rows[0].best.routing}{foreseen}")
+    lines[-1] += f"; {', '.join(common)}" if common else ""
+    return Text("\n".join(lines))

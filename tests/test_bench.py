@@ -133,10 +133,11 @@ def test_counts_depend_on_the_budget_alone_and_the_text_is_the_same(pack):
     assert quarter.best.bytes_read > half.best.bytes_read > 0
     assert (quarter.best.resident_share, half.best.resident_share) == (0.25, 0.5)
     assert half.best.bytes_read % read_manifest(pack).layers[0].slot_bytes == 0
+    assert half.best.bytes_missed == half.best.bytes_read
 
 
 RUN = RunFigures(
-    routing="by the model's routers",
+    routing="by the model",
     ram_bytes=1,
     resident_share=0.5,
     load_s=1.0,
@@ -146,7 +147,8 @@ RUN = RunFigures(
     elapsed_s=5.0,
     median_step_s=0.5,
     hit_ratio=0.5,
-    bytes_read=40,
+    bytes_read=60,
+    bytes_missed=40,
     stall_s=1.0,
     prefetch_recall=0.0,
     prefetch_issued=0,
@@ -162,8 +164,8 @@ RUN = RunFigures(
 def test_the_bound_is_the_slower_of_both():
     assert bound(RUN, RUN.rates, "decode").tokens_per_s == pytest.approx(20 / 4)
     assert bound(RUN, RUN.rates, "decode").by == "disk"
-    assert bound(replace(RUN, bytes_read=0), RUN.rates, "decode").tokens_per_s == pytest.approx(1000 / 100)
-    assert bound(replace(RUN, bytes_read=0), RUN.rates, "decode").by == "memory"
+    assert bound(replace(RUN, bytes_missed=0), RUN.rates, "decode").tokens_per_s == pytest.approx(1000 / 100)
+    assert bound(replace(RUN, bytes_missed=0), RUN.rates, "decode").by == "memory"
     assert bound(RUN, RUN.rates, "prefill").tokens_per_s == pytest.approx(400 / 200)
     assert bound(RUN, RUN.rates, "prefill").by == "compute"
 

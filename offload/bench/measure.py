@@ -24,6 +24,7 @@ from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss_bytes, reset_peak_rss, rss_bytes
 from moe_offload.offload.planning.plan import make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
+from moe_offload.offload.reports import RunReport
 
 _UNLIMITED_BYTES = 1 << 60
 _POLL_S, _STUCK_S = 0.005, 5.0
@@ -86,7 +87,7 @@ def _force_routing(model: OffloadedModel, job: Job) -> str:
     )
     routing = make_routing(workload.routing, target, seed=workload.seed)
     if routing is None:
-        return "by the model's routers"
+        return "by the model"
     modules = [layer.module for layer in layers]
     forced = ForcedRouting(
         model.model, modules, target.num_experts, routing, recall=workload.recall, seed=workload.seed
@@ -127,7 +128,7 @@ def _decode(model: OffloadedModel, workload: Workload, repeat: int) -> dict[str,
     whole = model._generator.replay(prompt_ids, token_ids, watch)
     report = model._meter.between(*marks)
     steps_s = [after - before for before, after in zip(times_s[first - 1 :], times_s[first:], strict=False)]
-    return _counts(report) | {
+    return _counts(model, report) | {
         "time_to_first_token_s": whole.time_to_first_token_s,
         "tokens": workload.new_tokens,
         "elapsed_s": times_s[-1] - times_s[first - 1],
@@ -140,7 +141,7 @@ def _prefill(model: OffloadedModel, workload: Workload) -> dict[str, Any]:
     for seed in (workload.seed, workload.seed + 1):
         prompt_ids = torch.tensor([_random_ids(model, workload.prompt_tokens, seed)])
         report = model._generator.replay(prompt_ids, _random_ids(model, 1, seed), lambda num_tokens: None)
-    return _counts(report) | {
+    return _counts(model, report) | {
         "time_to_first_token_s": report.time_to_first_token_s,
         "tokens": workload.prompt_tokens,
         "elapsed_s": report.time_to_first_token_s,
@@ -148,9 +149,11 @@ def _prefill(model: OffloadedModel, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _counts(report: Any) -> dict[str, Any]:
+def _counts(model: OffloadedModel, report: RunReport) -> dict[str, Any]:
     names = ("hit_ratio", "bytes_read", "stall_s", "prefetch_recall", "prefetch_issued", "prefetch_wasted")
-    return {name: getattr(report, name) for name in names}
+    slot_bytes = statistics.mean(layer.slot_bytes for layer in model.manifest.layers)
+    needed_bytes = round((report.misses + report.prefetch_used) * slot_bytes)
+    return {name: getattr(report, name) for name in names} | {"bytes_missed": min(needed_bytes, report.bytes_read)}
 
 
 def _random_ids(model: OffloadedModel, count: int, seed: int) -> list[int]:

@@ -16,13 +16,14 @@
 ``bound_by`` is "disk", "memory" or "compute". A run::
 
     {"routing", "ram_bytes", "resident_share", "load_s", "peak_bytes", "time_to_first_token_s", "tokens", "elapsed_s",
-     "tokens_per_s", "median_step_s", "hit_ratio", "bytes_read", "bytes_read_per_token", "stall_s", "stall_share",
-     "prefetch_recall", "prefetch_issued", "prefetch_wasted", "expert_bytes_per_token", "dense_bytes_per_token",
-     "kv_bytes_per_token", "operations", "rates"}
+     "tokens_per_s", "median_step_s", "hit_ratio", "bytes_read", "bytes_read_per_token", "bytes_missed",
+     "bytes_missed_per_token", "stall_s", "stall_share", "prefetch_recall", "prefetch_issued", "prefetch_wasted",
+     "expert_bytes_per_token", "dense_bytes_per_token", "kv_bytes_per_token", "operations", "rates"}
 
-``routing`` says in words where the choice of experts came from. ``peak_bytes`` is the most memory that the process held
-beyond its imports. In a prefill the tokens are the prompt's, ``elapsed_s`` is the time to the first token, and
-``operations`` counts multiplications and additions; else it is null.
+``bytes_missed`` are those of experts that were asked for and were not there before, prefetched or not; ``bytes_read``
+are all, those prefetched in vain among them. ``routing`` says in words where the choice of experts came from, and
+``peak_bytes`` is the most memory that the process held beyond its imports. In a prefill the tokens are the prompt's,
+``elapsed_s`` is the time to the first token, and ``operations`` counts multiplications and additions; else it is null.
 """
 
 import statistics
@@ -70,6 +71,7 @@ class RunFigures:
     median_step_s: float | None
     hit_ratio: float
     bytes_read: int
+    bytes_missed: int
     stall_s: float
     prefetch_recall: float
     prefetch_issued: int
@@ -90,11 +92,17 @@ class RunFigures:
         """Bytes from the disk for one token."""
         return self.bytes_read / self.tokens
 
+    @property
+    def bytes_missed_per_token(self) -> float:
+        """Those of them that were needed."""
+        return self.bytes_missed / self.tokens
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self) | {
             "tokens_per_s": self.tokens_per_s,
             "bytes_read_per_token": self.bytes_read_per_token,
+            "bytes_missed_per_token": self.bytes_missed_per_token,
             "stall_share": self.stall_s / self.elapsed_s,
         }
 
@@ -118,7 +126,7 @@ def bound(run: RunFigures, rates: MachineRates, kind: Kind) -> Bound:
 
     Of a prompt: 1 / max(bytes missed / disk rate, operations / matrix rate).
     """
-    disk_s = run.bytes_read_per_token / rates.disk_bytes_per_s
+    disk_s = run.bytes_missed_per_token / rates.disk_bytes_per_s
     if kind == "prefill":
         assert run.operations is not None
         assert rates.matrix_ops_per_s is not None
