@@ -128,7 +128,7 @@ def _decode(model: OffloadedModel, workload: Workload, repeat: int) -> dict[str,
     whole = model._generator.replay(prompt_ids, token_ids, watch)
     report = model._meter.between(*marks)
     steps_s = [after - before for before, after in zip(times_s[first - 1 :], times_s[first:], strict=False)]
-    return _counts(model, report) | {
+    return _counts(report) | {
         "time_to_first_token_s": whole.time_to_first_token_s,
         "tokens": workload.new_tokens,
         "elapsed_s": times_s[-1] - times_s[first - 1],
@@ -141,7 +141,7 @@ def _prefill(model: OffloadedModel, workload: Workload) -> dict[str, Any]:
     for seed in (workload.seed, workload.seed + 1):
         prompt_ids = torch.tensor([_random_ids(model, workload.prompt_tokens, seed)])
         report = model._generator.replay(prompt_ids, _random_ids(model, 1, seed), lambda num_tokens: None)
-    return _counts(model, report) | {
+    return _counts(report) | {
         "time_to_first_token_s": report.time_to_first_token_s,
         "tokens": workload.prompt_tokens,
         "elapsed_s": report.time_to_first_token_s,
@@ -149,11 +149,10 @@ def _prefill(model: OffloadedModel, workload: Workload) -> dict[str, Any]:
     }
 
 
-def _counts(model: OffloadedModel, report: RunReport) -> dict[str, Any]:
+def _counts(report: RunReport) -> dict[str, Any]:
     names = ("hit_ratio", "bytes_read", "stall_s", "prefetch_recall", "prefetch_issued", "prefetch_wasted")
-    slot_bytes = statistics.mean(layer.slot_bytes for layer in model.manifest.layers)
-    needed_bytes = round((report.misses + report.prefetch_used) * slot_bytes)
-    return {name: getattr(report, name) for name in names} | {"bytes_missed": min(needed_bytes, report.bytes_read)}
+    needed_bytes = max(0, report.bytes_read - report.prefetch_wasted_bytes)
+    return {name: getattr(report, name) for name in names} | {"bytes_missed": needed_bytes}
 
 
 def _random_ids(model: OffloadedModel, count: int, seed: int) -> list[int]:

@@ -20,8 +20,8 @@
      "bytes_missed_per_token", "stall_s", "stall_share", "prefetch_recall", "prefetch_issued", "prefetch_wasted",
      "expert_bytes_per_token", "dense_bytes_per_token", "kv_bytes_per_token", "operations", "rates"}
 
-``bytes_missed`` are those of experts that were asked for and were not there before, prefetched or not; ``bytes_read``
-are all, those prefetched in vain among them. ``routing`` says in words where the choice of experts came from, and
+``bytes_missed`` are those that had to be read, at once or ahead of time: all that were read (``bytes_read``) but for
+what was prefetched in vain. ``routing`` says in words where the choice of experts came from, and
 ``peak_bytes`` is the most memory that the process held beyond its imports. In a prefill the tokens are the prompt's,
 ``elapsed_s`` is the time to the first token, and ``operations`` counts multiplications and additions; else it is null.
 """
