@@ -222,6 +222,29 @@ def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tens
         raise MemoryError(f"no memory for {x.shape[0]} prepared rows of {x.shape[1]} activations")
 
 
+def expert_many(
+    activation: ctypes.Structure, expert: int, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor
+) -> None:
+    """Rows ``out_rows`` of out [.., H] = an expert's MLP of rows ``x_rows`` of x [.., H] in bf16.
+
+    ``expert``: the address of its description. Both lists of rows are int64 [n].
+    """
+    library, isa = _call()
+    status = library.moe_offload_expert_many(
+        isa,
+        ctypes.byref(activation),
+        ctypes.c_void_p(expert),
+        ctypes.byref(_matrix(x)),
+        ctypes.c_void_p(x_rows.data_ptr()),
+        ctypes.c_int64(x_rows.shape[0]),
+        ctypes.byref(_matrix(out)),
+        ctypes.c_void_p(out_rows.data_ptr()),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise MemoryError(f"no memory to arrange {x_rows.shape[0]} rows of an expert's activations")
+
+
 def moe_layer(
     activation: ctypes.Structure,
     x: Tensor,

@@ -1,4 +1,4 @@
-"""A decode step through the experts of a layer, from packed weights: one call for all experts that are there."""
+"""An MLP of packed experts in one call: all experts of a decode step that are there, or one expert for many rows."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_offload.quant import kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.base import Format
-from moe_offload.quant.blocked import BlockedFormat
+from moe_offload.quant.blocked import FEWER_ROWS, BlockedFormat
 
 PackedPart = tuple[Format, tuple[int, ...], Tensor]
 """A weight's format, its shape, and its packed bytes."""
@@ -52,6 +52,18 @@ class PackedMlp:
         )
         self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
         self.address = ctypes.addressof(self._struct)
+
+    def compute_rows(self, activation: Activation, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor) -> None:
+        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``; where `takes_rows`.
+
+        The lists of rows are int64 ``[n]``; activations between the products are rounded to bf16, as are weights.
+        """
+        kernels.expert_many(activation.struct, self.address, x, x_rows.contiguous(), out, out_rows.contiguous())
+
+    @staticmethod
+    def takes_rows(x: Tensor, num_rows: int) -> bool:
+        """Whether so many rows of ``x`` had better be computed by `compute_rows`."""
+        return num_rows > FEWER_ROWS and x.dtype == torch.bfloat16 and x.stride(1) == 1 and kernels.multiplies_many(x)
 
     @staticmethod
     def supported(

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from moe_offload.quant import get_format, kernels
+from moe_offload.quant.activation import Activation
+from moe_offload.quant.moe_layer import PackedMlp
 
 SPECS = ("nf4", "mxfp4", "int8", "fp8-48x40")
 # around what is computed at once: 16 and 64 rows of x, 256 of them a pass, 48 rows of the weight, its 128 columns
@@ -87,3 +89,66 @@ def test_many_rows_take_this_way():
     shape = (60, 256)
     packed, x = weight_of("int4", shape), activations(64, 256)
     assert torch.equal(get_format("int4").linear(x, packed, shape, torch.float32), product(x, "int4", packed, shape))
+
+
+class Expert:
+    """Random weights of one expert, packed, and its description."""
+
+    hidden, inner = 200, 90  # no multiples of anything that is computed at once
+
+    def __init__(self, spec: str, activation: Activation, *, has_bias: bool, num_pieces: int) -> None:
+        self.activation, fmt = activation, get_format(spec)
+        rows = self.inner if activation.gating == "none" else 2 * self.inner
+        shape = (rows // num_pieces, self.hidden)
+        self.up = [(fmt, shape, fmt.quantize(torch.randn(shape) * 0.1)) for _ in range(num_pieces)]
+        shape = (self.hidden, self.inner)
+        self.down = (fmt, shape, fmt.quantize(torch.randn(shape) * 0.1))
+        self.biases = (torch.randn(rows).bfloat16(), torch.randn(self.hidden).bfloat16()) if has_bias else (None, None)
+        assert PackedMlp.supported(activation, self.up, [self.down], *self.biases)
+        self.mlp = PackedMlp(self.up, self.down, *self.biases)
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        """In float64, from weights in bf16, with the activations rounded to bf16."""
+        up_bias, down_bias = (0.0 if bias is None else bias.double() for bias in self.biases)
+        up = torch.cat([fmt.dequantize(packed, shape, torch.bfloat16) for fmt, shape, packed in self.up]).double()
+        fmt, shape, packed = self.down
+        hidden = self.activation(x.double() @ up.T + up_bias).to(torch.bfloat16).double()
+        return hidden @ fmt.dequantize(packed, shape, torch.bfloat16).double().T + down_bias
+
+
+@pytest.mark.parametrize(
+    ("spec", "activation", "has_bias", "num_pieces"),
+    [
+        ("nf4", Activation("sigmoid"), False, 1),
+        ("int4", Activation("sigmoid"), True, 2),
+        ("nf4", Activation("gelu_tanh"), True, 1),
+        ("mxfp4", Activation("sigmoid", "interleaved", 1.702, gate_limit=1.0, up_limit=1.0, up_shift=1.0), True, 1),
+        ("int8", Activation("relu", "none"), True, 1),
+        ("fp8", Activation("gelu", "none"), False, 1),
+        ("int8", Activation("sigmoid", "interleaved"), False, 2),
+    ],
+)
+def test_an_experts_rows_are_those_of_its_mlp(spec, activation, has_bias, num_pieces):
+    expert = Expert(spec, activation, has_bias=has_bias, num_pieces=num_pieces)
+    x = torch.randn(400, expert.hidden).bfloat16()
+    for num_rows in (9, 64, 300):
+        x_rows, out_rows = torch.randperm(400)[:num_rows], torch.randperm(500)[:num_rows]
+        out = torch.zeros(500, expert.hidden)
+        expert.mlp.compute_rows(activation, x, x_rows, out, out_rows)
+        exact = expert.reference(x[x_rows])
+        # a sum in fp32 may fall on the other side of a rounding of an activation to bf16
+        assert bool(((out[out_rows] - exact).abs() <= 2e-3 * exact.abs().max()).all()), num_rows
+        out[out_rows] = 0
+        assert not out.any(), "only the rows asked for are written"
+
+
+def test_an_experts_rows_do_not_depend_on_one_another():
+    expert = Expert("nf4", Activation("sigmoid"), has_bias=True, num_pieces=1)
+    x = torch.randn(300, expert.hidden).bfloat16()
+    rows = torch.arange(300)
+    expected = torch.empty(300, expert.hidden, dtype=torch.bfloat16)
+    expert.mlp.compute_rows(expert.activation, x, rows, expected, rows)
+    for some in (rows[5:6], rows[100:117].flip(0), rows[::3]):
+        out = torch.empty_like(expected)
+        expert.mlp.compute_rows(expert.activation, x, some, out, some)
+        assert torch.equal(out[some], expected[some])

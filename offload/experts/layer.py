@@ -12,7 +12,7 @@ from torch import nn
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
-from moe_offload.quant.moe_layer import MoeStep
+from moe_offload.quant.moe_layer import MoeStep, PackedMlp
 
 ExpertFn = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
 """One expert's MLP: its weights and rows ``[rows, in]`` to ``[rows, out]``."""
@@ -118,7 +118,7 @@ class ExpertLayer:
 
         An index of ``num_experts`` or more stands for no expert. The sum runs over k in the router's order, in fp32,
         whatever order the experts' weights arrive in. ``parts`` tell what ``expert_fn`` is made of, if that is known:
-        then one call computes all experts of a token that are there.
+        then one call computes all experts of a token that are there, or one expert for all its rows.
         """
         if hidden_states.requires_grad and torch.is_grad_enabled():
             raise ConfigError(
@@ -132,10 +132,13 @@ class ExpertLayer:
                 return self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
             return self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn)
         if num_tokens <= chunk_tokens:
-            return self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn)
+            return self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
         chunks = [torch.split(tensor, chunk_tokens) for tensor in (hidden_states, top_k_index, top_k_weights)]
         return torch.cat(
-            [self._routed_tokens(x, index, weights, expert_fn) for x, index, weights in zip(*chunks, strict=True)]
+            [
+                self._routed_tokens(x, index, weights, expert_fn, parts)
+                for x, index, weights in zip(*chunks, strict=True)
+            ]
         )
 
     # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
@@ -197,21 +200,34 @@ class ExpertLayer:
         return self._sum(pairs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
 
     def _routed_tokens(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+        parts: MlpParts | None,
     ) -> torch.Tensor:
         num_tokens, top_k = top_k_index.shape
         pairs_of, weights = self._assign(top_k_index, top_k_weights)
         is_partial = sum(map(len, pairs_of.values())) < num_tokens * top_k
         outputs: torch.Tensor | None = None
 
-        def compute(expert_idx: int, weights: ExpertWeights) -> None:
+        def room(like: torch.Tensor) -> torch.Tensor:
             nonlocal outputs
-            pairs = pairs_of[expert_idx]
-            result = expert_fn(weights, hidden_states[pairs // top_k])
             if outputs is None:
-                shape = (num_tokens * top_k, result.shape[-1])
-                outputs = result.new_zeros(shape) if is_partial else result.new_empty(shape)
-            outputs[pairs] = result
+                shape = (num_tokens * top_k, like.shape[-1])
+                outputs = like.new_zeros(shape) if is_partial else like.new_empty(shape)
+            return outputs
+
+        def compute(expert_idx: int, weights: ExpertWeights) -> None:
+            pairs = pairs_of[expert_idx]
+            if parts is not None and PackedMlp.takes_rows(hidden_states, len(pairs)):
+                mlp = weights.packed_mlp(parts)
+                if mlp is not None:
+                    mlp.compute_rows(parts.activation, hidden_states, pairs // top_k, room(hidden_states), pairs)
+                    return
+            result = expert_fn(weights, hidden_states[pairs // top_k])
+            room(result)[pairs] = result
 
         self.for_each_expert(list(pairs_of), compute, weights=weights)
         if outputs is None:

@@ -10,29 +10,63 @@
 
 namespace {
 
-// Panels are kept from call to call, since fresh pages cost as much as filling them.
-uint8_t* panel_storage(int64_t num_bytes) {
-    static thread_local std::unique_ptr<uint8_t[]> storage;
-    static thread_local int64_t size = 0;
-    if (num_bytes > size) {
-        storage.reset(new (std::nothrow) uint8_t[static_cast<size_t>(num_bytes + 64)]);
-        size = storage ? num_bytes : 0;
-        if (!storage) return nullptr;
+// Memory is kept from call to call, since fresh pages cost as much as filling them.
+class Storage {
+   public:
+    uint8_t* reserve(int64_t num_bytes) {
+        if (num_bytes > size_) {
+            storage_.reset(new (std::nothrow) uint8_t[static_cast<size_t>(num_bytes + 64)]);
+            size_ = storage_ ? num_bytes : 0;
+            if (!storage_) return nullptr;
+        }
+        const auto address = reinterpret_cast<uintptr_t>(storage_.get());
+        return storage_.get() + (64 - address % 64) % 64;
     }
-    const auto address = reinterpret_cast<uintptr_t>(storage.get());
-    return storage.get() + (64 - address % 64) % 64;
-}
+
+   private:
+    std::unique_ptr<uint8_t[]> storage_;
+    int64_t size_ = 0;
+};
+
+thread_local Storage storage;
 
 // Rows of a piece of work: some that follow one another, so that what comes next can be prefetched; enough pieces for
 // threads to share the work evenly.
-int64_t piece_rows(int64_t rows, int num_threads) {
-    const int64_t blocks = rows / (kManyRows * 8 * (num_threads > 0 ? num_threads : 1));
-    return (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks) * kManyRows;
+int64_t piece_rows(int64_t rows, int64_t at_once, int num_threads) {
+    const int64_t blocks = rows / (at_once * 8 * (num_threads > 0 ? num_threads : 1));
+    return (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks) * at_once;
+}
+
+// body(begin, end) for ranges of at most `at_once` rows.
+template <class Body>
+void for_rows(int64_t rows, int64_t at_once, int num_threads, const Body& body) {
+    auto piece = [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row += at_once) body(row, row + at_once < end ? row + at_once : end);
+    };
+    parallel_for(rows, piece_rows(rows, at_once, num_threads), num_threads, piece);
+}
+
+void fill_panels(const ManyRowsKernels& many, const Tokens& tokens, uint8_t* panels, int num_threads) {
+    auto fill = [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; panel++) many.fill_panel(tokens, panel, panels);
+    };
+    parallel_for(many.num_panels(tokens.cols), 1, num_threads, fill);
+}
+
+// Tokens that go through at once: as many in each batch, but for the last.
+int64_t batch_tokens(int64_t num_tokens) {
+    const int64_t batches = ceil_div(num_tokens, kManyTokens);
+    return batches > 0 ? ceil_div(ceil_div(num_tokens, batches), 16) * 16 : 0;
+}
+
+Matrix rows_from(const Matrix& matrix, int64_t row) {
+    const int64_t bytes = matrix.dtype == DTYPE_F32 ? 4 : 2;
+    return {static_cast<uint8_t*>(matrix.data) + row * matrix.stride * bytes, matrix.stride, matrix.dtype};
 }
 
 }  // namespace
 
-// Whether moe_offload_linear_many can be called here, and is the better way to multiply many rows in bf16.
+// Whether the functions below can be called here, and are the better way to multiply many rows in bf16.
 EXPORT int moe_offload_multiplies_many(int isa) {
     return many_rows_kernels() != nullptr && &kernel_set_of(isa) == avx512_kernels();
 }
@@ -41,29 +75,47 @@ EXPORT int moe_offload_multiplies_many(int isa) {
 EXPORT int moe_offload_linear_many(int isa, const PackedWeight* weight, const Matrix* x, int64_t num_tokens,
                                    const Matrix* out, int num_threads) {
     const ManyRowsKernels& many = *many_rows_kernels();
-    const KernelSet& kernels = kernel_set_of(isa);
-    const int64_t batches = ceil_div(num_tokens, kManyTokens);
-    const int64_t batch = batches > 0 ? ceil_div(ceil_div(num_tokens, batches), 16) * 16 : 0;
-    uint8_t* panels = panel_storage(many.panel_bytes(batch, weight->cols));
+    const int64_t batch = batch_tokens(num_tokens);
+    uint8_t* panels = storage.reserve(many.panel_bytes(batch, weight->cols));
     if (panels == nullptr) return -1;
     for (int64_t first = 0; first < num_tokens; first += batch) {
         const int64_t count = num_tokens - first < batch ? num_tokens - first : batch;
-        Matrix rows = *x;
-        rows.data = static_cast<uint8_t*>(x->data) + first * x->stride * 2;
-        const Tokens tokens{rows, nullptr, count, weight->cols};
-        auto fill = [&](int64_t begin, int64_t end) {
-            for (int64_t panel = begin; panel < end; panel++) many.fill_panel(tokens, panel, panels);
-        };
-        parallel_for(many.num_panels(weight->cols), 1, num_threads, fill);
-        Matrix batch_out = *out;
-        batch_out.data = static_cast<uint8_t*>(out->data) + first * out->stride * (out->dtype == DTYPE_F32 ? 4 : 2);
-        auto multiply = [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row += kManyRows) {
-                const int64_t row_end = row + kManyRows < end ? row + kManyRows : end;
-                many.multiply_rows(*weight, kernels, panels, count, row, row_end, batch_out);
-            }
-        };
-        parallel_for(weight->rows, piece_rows(weight->rows, num_threads), num_threads, multiply);
+        fill_panels(many, {rows_from(*x, first), nullptr, count, weight->cols}, panels, num_threads);
+        const Product product{kernel_set_of(isa), weight, nullptr, DTYPE_F32, panels, count};
+        const RowsOut to{rows_from(*out, first), nullptr};
+        for_rows(weight->rows, kManyRows, num_threads,
+                 [&](int64_t begin, int64_t end) { many.multiply_rows(product, begin, end, to); });
+    }
+    return 0;
+}
+
+// One expert's MLP of rows x_rows [num_tokens] of x in bf16, to rows out_rows of out; the activations between its
+// products are rounded to bf16. -1 if memory is refused.
+EXPORT int moe_offload_expert_many(int isa, const Activation* activation, const ExpertMlp* expert, const Matrix* x,
+                                   const int64_t* x_rows, int64_t num_tokens, const Matrix* out,
+                                   const int64_t* out_rows, int num_threads) {
+    const ManyRowsKernels& many = *many_rows_kernels();
+    const KernelSet& kernels = kernel_set_of(isa);
+    const int64_t hidden = expert->up[0].cols, inner = expert->down.cols;
+    const int64_t batch = batch_tokens(num_tokens);
+    const int64_t activated_bytes = ceil_div(batch * inner * 2, 64) * 64;
+    uint8_t* memory = storage.reserve(activated_bytes + many.panel_bytes(batch, hidden > inner ? hidden : inner));
+    if (memory == nullptr) return -1;
+    uint8_t* panels = memory + activated_bytes;
+    const Matrix activated{memory, inner, DTYPE_BF16};
+    const int64_t up_rows = activation->gating == GATING_NONE ? kManyRows : kManyRows / 2;
+    for (int64_t first = 0; first < num_tokens; first += batch) {
+        const int64_t count = num_tokens - first < batch ? num_tokens - first : batch;
+        fill_panels(many, {*x, x_rows + first, count, hidden}, panels, num_threads);
+        const Product up{kernels, nullptr, nullptr, expert->bias_dtype, panels, count};
+        for_rows(inner, up_rows, num_threads, [&](int64_t begin, int64_t end) {
+            many.multiply_up(up, *expert, *activation, begin, end, {activated, nullptr});
+        });
+        fill_panels(many, {activated, nullptr, count, inner}, panels, num_threads);
+        const Product down{kernels, &expert->down, expert->down_bias, expert->bias_dtype, panels, count};
+        for_rows(expert->down.rows, kManyRows, num_threads, [&](int64_t begin, int64_t end) {
+            many.multiply_rows(down, begin, end, {*out, out_rows + first});
+        });
     }
     return 0;
 }

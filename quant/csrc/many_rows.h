@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "expert_mlp.h"
 #include "packed.h"
 
 // So many tokens go through the weight at a time; more would not fit beside a block of it in a core's own cache.
@@ -19,6 +20,22 @@ struct Tokens {
     int64_t cols;
 };
 
+// A weight and the panels of the tokens that it is multiplied with; a bias may be null.
+struct Product {
+    const KernelSet& kernels;
+    const PackedWeight* weight;
+    const void* bias;
+    int32_t bias_dtype;
+    const uint8_t* panels;
+    int64_t num_tokens;
+};
+
+// Where results go: token t to row rows[t] of `matrix`, or row t without rows.
+struct RowsOut {
+    Matrix matrix;
+    const int64_t* rows;
+};
+
 struct ManyRowsKernels {
     // Room that the panels of some tokens take, in bytes; a multiple of 64.
     int64_t (*panel_bytes)(int64_t num_tokens, int64_t cols);
@@ -26,8 +43,11 @@ struct ManyRowsKernels {
     // One panel of activations, in the order in which products read them.
     void (*fill_panel)(const Tokens& tokens, int64_t panel, uint8_t* panels);
     // out[token, row] for at most kManyRows rows; each number depends on its token and its row alone.
-    void (*multiply_rows)(const PackedWeight&, const KernelSet&, const uint8_t* panels, int64_t num_tokens,
-                          int64_t row_begin, int64_t row_end, const Matrix& out);
+    void (*multiply_rows)(const Product&, int64_t row_begin, int64_t row_end, const RowsOut& out);
+    // out[token, i] for i in a range of at most kManyRows, or half as many where there are gates and ups: the first
+    // product of an expert, and its activation.
+    void (*multiply_up)(const Product&, const ExpertMlp&, const Activation&, int64_t begin, int64_t end,
+                        const RowsOut& out);
 };
 
 // Null where instructions for products of bf16 are lacking, or where matrix units (AMX) make torch's product the faster.

@@ -134,17 +134,18 @@ void multiply_tiles(const uint16_t* weights, int64_t num_rows, const uint8_t* pa
 
 // 16 tokens' numbers of 16 rows, to where they belong.
 void store_sums(__m512i (&rows)[16], int64_t num_tokens, __mmask16 mask, int64_t token, int64_t row,
-                const Matrix& out) {
+                const RowsOut& out) {
     transpose(rows);
+    const Matrix& matrix = out.matrix;
     for (int64_t t = 0; t < num_tokens; t++) {
-        const int64_t index = (token + t) * out.stride + row;
+        const int64_t index = (out.rows ? out.rows[token + t] : token + t) * matrix.stride + row;
         const __m512 values = _mm512_castsi512_ps(rows[t]);
-        if (out.dtype == DTYPE_F32) {
-            _mm512_mask_storeu_ps(static_cast<float*>(out.data) + index, mask, values);
+        if (matrix.dtype == DTYPE_F32) {
+            _mm512_mask_storeu_ps(static_cast<float*>(matrix.data) + index, mask, values);
         } else {
-            const __m256i half = out.dtype == DTYPE_BF16 ? (__m256i)_mm512_cvtneps_pbh(values)
-                                                         : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
-            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out.data) + index, mask, half);
+            const __m256i half = matrix.dtype == DTYPE_BF16 ? (__m256i)_mm512_cvtneps_pbh(values)
+                                                            : _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT);
+            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(matrix.data) + index, mask, half);
         }
     }
 }
@@ -174,50 +175,117 @@ void prefetch_after(const PackedWeight& weight, int64_t row_begin, int64_t row_e
                    (ceil_div(next_end, weight.block_rows) - first) * scale_bytes);
 }
 
+// Rows of sums beyond those asked for are written, up to a whole tile.
+constexpr int64_t kMostTileRows = 24;
+
 // What one thread works in.
 struct Workspace {
     alignas(64) uint16_t weights[kManyRows * kWeightStride];
-    alignas(64) float sums[kManyRows * kManyTokens];
+    alignas(64) float sums[(kManyRows + kMostTileRows) * kManyTokens];
 };
 
-void multiply_rows(const PackedWeight& weight, const KernelSet& kernels, const uint8_t* panels, int64_t num_tokens,
-                   int64_t row_begin, int64_t row_end, const Matrix& out) {
-    static thread_local Workspace workspace;
+Workspace& workspace() {
+    static thread_local Workspace instance;
+    return instance;
+}
+
+// Sums of rows [row_begin, row_end), plus the bias of each, to workspace().sums from row `to_row` on.
+void sum_rows(const Product& product, int64_t row_begin, int64_t row_end, int64_t to_row) {
+    const PackedWeight& weight = *product.weight;
+    uint16_t* weights = workspace().weights;
     const int64_t num_rows = row_end - row_begin;
-    const int64_t padded = padded_tokens(num_tokens);
-    if (weight.cols == 0) std::memset(workspace.sums, 0, sizeof(workspace.sums));
-    const Matrix block_out{workspace.weights, kWeightStride, DTYPE_BF16};
+    const int64_t padded = padded_tokens(product.num_tokens);
+    float* sums = workspace().sums + to_row * padded;
+    if (weight.cols == 0) std::memset(sums, 0, static_cast<size_t>(num_rows * padded * 4));
     for (int64_t col = 0; col < weight.cols; col += kPanelCols) {
         const int64_t end = col + kPanelCols < weight.cols ? col + kPanelCols : weight.cols;
         const int64_t pairs = panel_pairs(weight.cols, col);
-        kernels.dequantize_region(weight, {row_begin, row_end, col, end}, block_out);
+        product.kernels.dequantize_region(weight, {row_begin, row_end, col, end}, {weights, kWeightStride, DTYPE_BF16});
         if (end % 2 != 0) {
-            for (int64_t row = 0; row < num_rows; row++) workspace.weights[row * kWeightStride + end - col] = 0;
+            for (int64_t row = 0; row < num_rows; row++) weights[row * kWeightStride + end - col] = 0;
         }
         prefetch_after(weight, row_begin, row_end, end);
-        const uint8_t* panel = panels + col / 2 * padded * 4;
+        const uint8_t* panel = product.panels + col / 2 * padded * 4;
         for (int64_t token = 0; token < padded; token += kMaxVectors * kLanes) {
             const int64_t vectors = (padded - token) / kLanes;
             const auto multiply = vectors >= 4   ? multiply_tiles<4>
                                   : vectors == 3 ? multiply_tiles<3>
                                   : vectors == 2 ? multiply_tiles<2>
                                                  : multiply_tiles<1>;
-            multiply(workspace.weights, num_rows, panel + token * pairs * 4, pairs, workspace.sums + token, padded,
-                     col == 0);
+            multiply(weights, num_rows, panel + token * pairs * 4, pairs, sums + token, padded, col == 0);
         }
     }
+    if (product.bias == nullptr) return;
+    for (int64_t row = 0; row < num_rows; row++) {
+        const float bias = load_as_float(product.bias, product.bias_dtype, row_begin + row);
+        for (int64_t token = 0; token < padded; token++) sums[row * padded + token] += bias;
+    }
+}
+
+// The first rows of workspace().sums, to columns of `out` from `to_col` on.
+void store_rows(int64_t num_rows, int64_t num_tokens, int64_t to_col, const RowsOut& out) {
+    const int64_t padded = padded_tokens(num_tokens);
+    const float* sums = workspace().sums;
     for (int64_t row = 0; row < num_rows; row += kLanes) {
         const int64_t rest = num_rows - row;
         const __mmask16 mask = static_cast<__mmask16>(rest >= kLanes ? 0xFFFF : (1 << rest) - 1);
         for (int64_t token = 0; token < num_tokens; token += kLanes) {
             __m512i rows[kLanes];
             for (int i = 0; i < kLanes; i++) {
-                rows[i] = _mm512_loadu_si512(workspace.sums + (row + (i < rest ? i : 0)) * padded + token);
+                rows[i] = _mm512_loadu_si512(sums + (row + (i < rest ? i : 0)) * padded + token);
             }
             const int64_t count = num_tokens - token < kLanes ? num_tokens - token : kLanes;
-            store_sums(rows, count, mask, token, row_begin + row, out);
+            store_sums(rows, count, mask, token, to_col + row, out);
         }
     }
+}
+
+void multiply_rows(const Product& product, int64_t row_begin, int64_t row_end, const RowsOut& out) {
+    sum_rows(product, row_begin, row_end, 0);
+    store_rows(row_end - row_begin, product.num_tokens, row_begin, out);
+}
+
+// Rows [begin, end) of an expert's stacked first weights, to workspace().sums from `to_row` on.
+void sum_up_rows(Product product, const ExpertMlp& expert, int64_t begin, int64_t end, int64_t to_row) {
+    int64_t first_row = 0;
+    for (int p = 0; p < expert.num_up; p++) {
+        product.weight = &expert.up[p];
+        const int64_t from = begin > first_row ? begin - first_row : 0;
+        const int64_t rows = expert.up[p].rows;
+        const int64_t to = end - first_row < rows ? end - first_row : rows;
+        if (expert.up_bias != nullptr) {
+            const int64_t bytes = expert.bias_dtype == DTYPE_F32 ? 4 : 2;
+            product.bias = static_cast<const uint8_t*>(expert.up_bias) + first_row * bytes;
+        }
+        if (from < to) sum_rows(product, from, to, to_row + first_row + from - begin);
+        first_row += rows;
+    }
+}
+
+void multiply_up(const Product& product, const ExpertMlp& expert, const Activation& activation, int64_t begin,
+                 int64_t end, const RowsOut& out) {
+    const int64_t count = end - begin;
+    const int64_t padded = padded_tokens(product.num_tokens);
+    float* sums = workspace().sums;
+    Activation by_rows = activation;
+    int64_t step = 1, up_row = kManyRows / 2;
+    if (activation.gating == GATING_INTERLEAVED) {
+        by_rows.gating = GATING_HALVES;  // a gate's tokens lie side by side, and so do its up's
+        sum_up_rows(product, expert, 2 * begin, 2 * end, 0);
+        step = 2, up_row = 1;
+    } else {
+        sum_up_rows(product, expert, begin, end, 0);
+        if (activation.gating == GATING_HALVES) {
+            sum_up_rows(product, expert, expert.down.cols + begin, expert.down.cols + end, up_row);
+        }
+    }
+    const bool is_gated = activation.gating != GATING_NONE;
+    for (int64_t i = 0; i < count; i++) {
+        const float* gate = sums + i * step * padded;
+        product.kernels.activate(by_rows, gate, padded, is_gated ? gate + up_row * padded : nullptr,
+                                 {sums + i * padded, 0, DTYPE_F32}, 0);
+    }
+    store_rows(count, product.num_tokens, begin, out);
 }
 
 bool has_matrix_units() {
@@ -234,7 +302,7 @@ bool has_matrix_units() {
 #endif
 
 const ManyRowsKernels* many_rows_kernels() {
-    static const ManyRowsKernels kernels = {panel_bytes, num_panels, fill_panel, multiply_rows};
+    static const ManyRowsKernels kernels = {panel_bytes, num_panels, fill_panel, multiply_rows, multiply_up};
     static const bool runs = __builtin_cpu_supports("avx512bf16") && avx512_kernels() != nullptr && !has_matrix_units();
     return runs ? &kernels : nullptr;
 }

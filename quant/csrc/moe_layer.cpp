@@ -15,22 +15,11 @@
 #include <vector>
 
 #include "activation.h"
+#include "expert_mlp.h"
 #include "export.h"
 #include "packed.h"
 #include "pool.h"
 #include "scalar.h"
-
-constexpr int kMaxPieces = 2;
-
-// One expert. `up` is one weight or two, whose rows follow one another; biases are null, or one number for each row.
-struct ExpertMlp {
-    PackedWeight up[kMaxPieces];
-    PackedWeight down;
-    const void* up_bias;
-    const void* down_bias;
-    int32_t num_up;
-    int32_t bias_dtype;
-};
 
 // An expert to compute, and the row of the output that it fills.
 struct Task {
