@@ -63,12 +63,14 @@ from moe_offload.offload.pack.manifest import read_manifest
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.planning.plan import make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
+from moe_offload.offload.row_embedding import table_in_pack
 from pathlib import Path
 manifest, config = read_manifest(sys.argv[1]), AutoConfig.from_pretrained(sys.argv[1])
-top_k = experts_per_token(config)
+top_k, dense = experts_per_token(config), DenseWeights(Path(sys.argv[1]), manifest)
+table = table_in_pack(config, dense.keys(), "cpu")
 plan = make_plan(manifest, config, device="cpu", ram_bytes=1 << 50, vram_bytes=None, context_tokens=1024,
                  dtype_bytes=config.dtype.itemsize, top_k_per_layer=[top_k] * len(manifest.layers),
-                 resident_dense_bytes=DenseWeights(Path(sys.argv[1]), manifest).resident_bytes(config.dtype))
+                 resident_dense_bytes=dense.resident_bytes(config.dtype, without=table))
 slots = sum(l.num_experts * l.slot_bytes for l in manifest.layers)
 print(json.dumps([plan.total_bytes("RAM") - slots, [[l.num_experts, l.slot_bytes] for l in manifest.layers]]))
 """

@@ -55,10 +55,19 @@ class DenseWeights(Mapping[str, DenseSlice]):
         for dense in self._manifest.dense:
             check_dense_file(self._folder, dense)
 
-    def resident_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes in memory when floating-point tensors are in ``dtype``; packed and integer ones stay as they are."""
+    def reopened(self, key: str) -> ShardFile:
+        """The file of ``key`` once more, for somebody who reads it for longer and closes it."""
+        return ShardFile(self._files[key].path)
+
+    def resident_bytes(self, dtype: torch.dtype, *, without: str | None = None) -> int:
+        """Bytes in memory when floating-point tensors are in ``dtype``; packed and integer ones stay as they are.
+
+        ``without``: a tensor that stays in the pack.
+        """
         total_bytes = 0
         for key, file in self._files.items():
+            if key == without:
+                continue
             entry = file.entries[key]
             itemsize = dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize
             total_bytes += entry.size_bytes // entry.dtype.itemsize * itemsize

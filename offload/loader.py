@@ -18,6 +18,7 @@ from moe_offload.offload.experts.forwards import IMPLEMENTATION, install_expert_
 from moe_offload.offload.experts.layer import ExpertLayer, StepState
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.pack.manifest import REPACK, PackManifest
+from moe_offload.offload.row_embedding import replace_embedding, table_in_pack
 from moe_offload.offload.tiers.compute_tier import ComputeTier
 
 
@@ -89,8 +90,11 @@ def load_model(
             strip_parameters(container)
             # Its own initialisation would reach for the experts' parameters.
             model.get_submodule(container.name.rpartition(".")[0])._is_hf_initialized = True
+        table = table_in_pack(config, dense.keys(), device.type)
+        if table is not None:
+            replace_embedding(model, table, dense.reopened(table), dtype)
         stored = {name: key for name, key in renamed.items() if key in dense}
-        plain = {key: dense[key] for key in dense if key not in stored.values()}
+        plain = {key: dense[key] for key in dense if key not in stored.values() and key != table}
         return plain | {name: dense[key] for name, key in stored.items()}
 
     model = build_model(folder, config, dtype=dtype, device=device, implementation=IMPLEMENTATION, prepare=prepare)

@@ -32,6 +32,7 @@ from moe_offload.offload.planning.plan import PackShape, Plan, make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
+from moe_offload.offload.row_embedding import table_in_pack
 from moe_offload.offload.tiers.choice import make_tier
 
 CLOSE_TIMEOUT_S = 10.0
@@ -162,8 +163,9 @@ class OffloadedModel:
 
         def check_budget(outline: PackOutline) -> None:
             torch_dtype = _dtype(dtype, outline.config)
-            plain_bytes = outline.num_plain_dense * torch_dtype.itemsize
-            plan_for(outline, outline.config, plain_bytes + outline.other_dense_bytes, torch_dtype)
+            table = table_in_pack(outline.config, outline.dense_names, torch_device.type)
+            dense_bytes = outline.resident_dense_bytes(torch_dtype.itemsize, without=table)
+            plan_for(outline, outline.config, dense_bytes, torch_dtype)
 
         if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
             folder = pack_model(
@@ -184,7 +186,8 @@ class OffloadedModel:
         dense = DenseWeights(folder, manifest)
         try:
             top_k = experts_per_token(config.get_text_config(decoder=True))
-            plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype), torch_dtype)
+            table = table_in_pack(config, dense.keys(), torch_device.type)
+            plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype, without=table), torch_dtype)
             if on_plan is not None:
                 on_plan(plan)
             if verify != "off":

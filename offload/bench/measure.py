@@ -25,6 +25,7 @@ from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss
 from moe_offload.offload.planning.plan import make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.reports import RunReport
+from moe_offload.offload.row_embedding import table_in_pack
 
 _UNLIMITED_BYTES = 1 << 60
 _POLL_S, _STUCK_S = 0.005, 5.0
@@ -189,7 +190,7 @@ def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job) -> i
             context_tokens=job.workload.context_tokens,
             dtype_bytes=dtype.itemsize,
             top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(manifest.layers),
-            resident_dense_bytes=dense.resident_bytes(dtype),
+            resident_dense_bytes=dense.resident_bytes(dtype, without=table_in_pack(config, dense.keys(), "cpu")),
         )
     finally:
         dense.close()

@@ -116,6 +116,10 @@ class ShardFile:
                 raise SourceError(f"{self.path} ended while {key} was read; it changed or is truncated")
             done_bytes += count
 
+    def expect_random_reads(self) -> None:
+        """Tell the system not to read ahead: what follows will not be asked for."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
+
     def forget(self) -> None:
         """Tell the system that the file's cached pages are not needed again."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

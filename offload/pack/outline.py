@@ -1,5 +1,6 @@
 """What a pack will be like, foreseen from a model's shapes: enough to plan with before anything is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +16,28 @@ _RAW_FORMATS = {torch.float32: "fp32", torch.float16: "fp16"}
 
 @dataclass(frozen=True)
 class PackOutline:
-    """The layers of a pack to come; its plain dense weights by their number, and the bytes of all other dense ones."""
+    """The layers of a pack to come; plain dense tensors with their numbers of weights, the others with their bytes."""
 
     config: Any
     layers: tuple[LayerLayout, ...]
     expert_format: str
-    num_plain_dense: int
-    other_dense_bytes: int
+    plain_dense: Mapping[str, int]
+    other_dense: Mapping[str, int]
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the dense weights, the plain ones in 16 bits."""
-        return 2 * self.num_plain_dense + self.other_dense_bytes
+        return self.resident_dense_bytes(2)
+
+    @property
+    def dense_names(self) -> set[str]:
+        """All dense tensors."""
+        return {*self.plain_dense, *self.other_dense}
+
+    def resident_dense_bytes(self, itemsize: int, *, without: str | None = None) -> int:
+        """Bytes in memory with ``itemsize`` for each plain weight; ``without``: a tensor that stays in the pack."""
+        num_plain = sum(count for name, count in self.plain_dense.items() if name != without)
+        return itemsize * num_plain + sum(self.other_dense.values())
 
 
 def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, source_format: str) -> PackOutline:
@@ -41,14 +52,15 @@ def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, so
             parts.append((param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape)))
         layers.append(LayerLayout.of(container.name, container.num_experts, parts))
     state = model.state_dict()
-    num_plain = other_bytes = 0
+    plain: dict[str, int] = {}
+    other: dict[str, int] = {}
     for source in plan.dense:
         tensor = state[source.target]
         packed_format = dense_linear_format(model, source.target, dense_format)
         if packed_format is not None:
-            other_bytes += get_format(packed_format).nbytes(tuple(tensor.shape))
+            other[source.target] = get_format(packed_format).nbytes(tuple(tensor.shape))
         elif tensor.is_floating_point():
-            num_plain += tensor.numel()
+            plain[source.target] = tensor.numel()
         else:
-            other_bytes += tensor.numel() * tensor.element_size()
-    return PackOutline(model.config, tuple(layers), expert_format, num_plain, other_bytes)
+            other[source.target] = tensor.numel() * tensor.element_size()
+    return PackOutline(model.config, tuple(layers), expert_format, plain, other)
