@@ -152,7 +152,7 @@ class ExpertLayer:
         parts: MlpParts,
     ) -> torch.Tensor:
         """A decode step by the kernels that take all experts at once."""
-        order, weights = top_k_index[0].tolist(), top_k_weights[0].tolist()
+        (order,), (weights,) = top_k_index.tolist(), top_k_weights.tolist()
         if max(order) >= self.num_experts:
             named = [(e, weight) for e, weight in zip(order, weights, strict=True) if e < self.num_experts]
             if not named:

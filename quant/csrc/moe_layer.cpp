@@ -1,9 +1,10 @@
 // A decode step through the experts of a layer in one call: the first products of all experts, their activations, the
 // last products, and the weighted sum.
 //
-// All of it is one list of small pieces, taken in order by whichever thread is free. A piece that needs others waits
-// for them; since they come before it in the list, some thread is at work on them already. So threads meet only in
-// front of what they need, and one that loses its core holds back a piece and what follows from it.
+// All of it is small pieces in four rounds, that threads take as they come for them. A thread that finds none left in a
+// round goes on to the next, where a piece waits for those that it needs: all of them are done, or some thread is at
+// work on them. So threads meet only in front of what they need, and one that loses its core holds back a piece and
+// what follows from it.
 //
 // An expert's row of the output depends on that expert and x alone: not on which experts are in the same call.
 #include <atomic>
@@ -38,7 +39,7 @@ struct WeightedSum {
 namespace {
 
 // Pieces of work of about this many weights: some microseconds.
-constexpr int64_t kPieceWeights = 1 << 16;
+constexpr int64_t kPieceWeights = 1 << 17;
 // To wake another thread takes longer than to compute with fewer weights than this.
 constexpr int64_t kWeightsPerThread = 1 << 18;
 constexpr int64_t kSumCols = 2048;
@@ -83,6 +84,39 @@ void wait_until(Ready ready) {
     }
 }
 
+// The pieces of a round. Each thread has a stretch of its own, since reading ahead at the end of a piece would else fetch
+// what another thread is about to; when it is through, it goes on with what is left of the others'.
+class Round {
+   public:
+    void begin(int64_t count, int num_stretches) {
+        num_stretches_ = num_stretches < kMaxStretches ? num_stretches : kMaxStretches;
+        for (int s = 0; s < num_stretches_; s++) {
+            stretches_[s].next.store(count * s / num_stretches_, std::memory_order_relaxed);
+            stretches_[s].end = count * (s + 1) / num_stretches_;
+        }
+    }
+
+    // A piece for this thread, or -1 if none is left.
+    int64_t take(int64_t thread) {
+        for (int i = 0; i < num_stretches_; i++) {
+            Stretch& stretch = stretches_[(thread + i) % num_stretches_];
+            if (stretch.next.load(std::memory_order_relaxed) >= stretch.end) continue;
+            const int64_t piece = stretch.next.fetch_add(1, std::memory_order_relaxed);
+            if (piece < stretch.end) return piece;
+        }
+        return -1;
+    }
+
+   private:
+    static constexpr int kMaxStretches = 64;
+    struct alignas(64) Stretch {
+        std::atomic<int64_t> next;
+        int64_t end;
+    };
+    Stretch stretches_[kMaxStretches];
+    int num_stretches_ = 0;
+};
+
 struct Progress {
     std::atomic<int64_t> up_done{0};
     std::atomic<bool> is_prepared{false};
@@ -102,19 +136,22 @@ class Layer {
             down_rows_ = piece_rows(inner_);
             total_weights_ = num_tasks * inner_ * ((gated_ ? 2 : 1) * first.up[0].cols + hidden_);
         }
-        const int64_t sum_pieces = sum.num_terms == 0 ? 0 : ceil_div(hidden_, kSumCols);
-        ends_[0] = num_tasks * ceil_div(inner_, up_rows_);
-        ends_[1] = ends_[0] + num_tasks;
-        ends_[2] = ends_[1] + num_tasks * ceil_div(hidden_, down_rows_);
-        ends_[3] = ends_[2] + sum_pieces;
+        up_pieces_ = ceil_div(inner_, up_rows_);
+        down_pieces_ = ceil_div(num_cols, down_rows_);
     }
 
     // False if memory is refused.
     bool run(int num_threads) {
         if (!prepare_inputs()) return false;
-        auto body = [this](int64_t, int64_t) { work(); };
         const int64_t useful_threads = 1 + total_weights_ / kWeightsPerThread;
         if (num_threads > useful_threads) num_threads = static_cast<int>(useful_threads);
+        up_.begin(num_tasks_ * up_pieces_, num_threads);
+        prepare_.begin(num_tasks_, 1);
+        down_.begin(num_tasks_ * down_pieces_, num_threads);
+        sum_pieces_.begin(sum_.num_terms == 0 ? 0 : ceil_div(hidden_, kSumCols), 1);
+        auto body = [this](int64_t begin, int64_t end) {
+            for (int64_t thread = begin; thread < end; thread++) work(thread);
+        };
         parallel_for(num_threads, 1, num_threads, body);
         return true;
     }
@@ -161,23 +198,14 @@ class Layer {
         return true;
     }
 
-    void work() {
-        for (;;) {
-            const int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
-            if (piece < ends_[0]) {
-                const int64_t pieces = ceil_div(inner_, up_rows_);
-                multiply_up(piece / pieces, piece % pieces * up_rows_);
-            } else if (piece < ends_[1]) {
-                prepare_down(piece - ends_[0]);
-            } else if (piece < ends_[2]) {
-                const int64_t pieces = ceil_div(hidden_, down_rows_);
-                multiply_down((piece - ends_[1]) / pieces, (piece - ends_[1]) % pieces * down_rows_);
-            } else if (piece < ends_[3]) {
-                add_up((piece - ends_[2]) * kSumCols);
-            } else {
-                return;
-            }
+    void work(int64_t thread) {
+        int64_t piece;
+        while ((piece = up_.take(thread)) >= 0) multiply_up(piece / up_pieces_, piece % up_pieces_ * up_rows_);
+        while ((piece = prepare_.take(thread)) >= 0) prepare_down(piece);
+        while ((piece = down_.take(thread)) >= 0) {
+            multiply_down(piece / down_pieces_, piece % down_pieces_ * down_rows_);
         }
+        while ((piece = sum_pieces_.take(thread)) >= 0) add_up(piece * kSumCols);
     }
 
     PreparedInput prepared(const uint8_t* data, const PackedWeight& weight) const {
@@ -233,8 +261,7 @@ class Layer {
 
     void prepare_down(int64_t e) {
         Progress& progress = progress_[static_cast<size_t>(e)];
-        const int64_t pieces = ceil_div(inner_, up_rows_);
-        wait_until([&] { return progress.up_done.load(std::memory_order_acquire) == pieces; });
+        wait_until([&] { return progress.up_done.load(std::memory_order_acquire) == up_pieces_; });
         kernels_.prepare(tasks_[e].expert->down, {activated_of(e), inner_, x_.dtype}, 0, prepared_of(e));
         progress.is_prepared.store(true, std::memory_order_release);
     }
@@ -255,8 +282,8 @@ class Layer {
     }
 
     void add_up(int64_t begin) {
-        const int64_t down_pieces = ends_[2] - ends_[1];
-        wait_until([&] { return down_done_.load(std::memory_order_acquire) == down_pieces; });
+        const int64_t all = num_tasks_ * down_pieces_;
+        wait_until([&] { return down_done_.load(std::memory_order_acquire) == all; });
         const int64_t end = begin + kSumCols < hidden_ ? begin + kSumCols : hidden_;
         float total[kSumCols] = {};
         for (int64_t i = 0; i < sum_.num_terms; i++) {
@@ -279,12 +306,12 @@ class Layer {
     const WeightedSum& sum_;
     bool gated_ = false;
     int64_t inner_ = 0, up_rows_ = 1, down_rows_ = 1, total_weights_ = 0;
-    int64_t ends_[4];  // of the pieces of each kind, in the one list that threads go through
+    int64_t up_pieces_ = 0, down_pieces_ = 0;  // of one expert
+    Round up_, prepare_, down_, sum_pieces_;
     uint8_t* memory_ = nullptr;
     std::vector<int64_t> input_of_;
     int64_t experts_offset_ = 0, expert_bytes_ = 0, activated_offset_ = 0, prepared_offset_ = 0;
     std::unique_ptr<Progress[]> progress_;
-    std::atomic<int64_t> next_{0};
     std::atomic<int64_t> down_done_{0};
 };
 
