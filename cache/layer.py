@@ -160,6 +160,10 @@ class Layer:
             self._phases["decode"].freeze(), self._phases["prefill"].freeze(), self.speculation.counters.freeze()
         )
 
+    def num_missed(self, phase: Phase) -> int:
+        counters = self._phases[phase]
+        return counters.misses + counters.bypassed
+
     def reset_counts(self) -> None:
         self._phases = {"decode": PhaseCounters(), "prefill": PhaseCounters()}
         self.speculation.reset_counters()

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from moe_offload.cache.counts import StatsSnapshot
+from moe_offload.cache.counts import Phase, StatsSnapshot
 from moe_offload.cache.layer import Layer
 
 
@@ -18,6 +18,11 @@ class CacheStats:
         """Consistent across layers, whatever other threads are doing."""
         with self._lock:
             return StatsSnapshot(tuple(layer.freeze_counts() for layer in self._layers))
+
+    def num_missed(self, phase: Phase) -> int:
+        """Requests that found no slot with their expert, with or without getting one; cheap enough for every step."""
+        with self._lock:
+            return sum(layer.num_missed(phase) for layer in self._layers)
 
     def reset(self) -> None:
         """Start from zero; prefetches that nobody has used or wasted yet count as issued anew."""

@@ -88,7 +88,7 @@ class OffloadedModel:
         modules = [layer.module for layer in manifest.layers]
         lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
         loaded.step.predictor = lookahead
-        PrefetchSwitch(self.model, loaded.step, lookahead, prefetch)
+        PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, loaded.residency.cache)
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set
