@@ -16,7 +16,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.quant import reference
 from moe_offload.quant.layout import PackedLayout
 
-_ABI = 3
+_ABI = 4
 _ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
 _TORCH = "torch"
 _ISA_NAMES = ("portable", "avx2", "avx512", "neon")  # indices are the library's
@@ -24,6 +24,7 @@ _PREFERENCE = ("avx512", "avx2", "neon", "portable")
 
 # The numbers that packed.h gives them.
 CODES = {"nf4": 0, "int4": 1, "e2m1": 2, "fp4": 3, "int8": 4, "e4m3": 5}
+RAW_CODES = {"bf16": 16, "fp16": 17}  # by format
 _SCALE_TYPES = {torch.float16: 0, torch.float32: 1, torch.uint8: 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS_NONFINITE = 1
@@ -64,6 +65,21 @@ _MOE_LAYER_ARGUMENTS = (
 )
 
 
+_LINEAR_ARGUMENTS = (
+    ctypes.c_int,  # instruction set
+    ctypes.c_void_p,  # the weight but for its addresses
+    ctypes.c_void_p,  # codes
+    ctypes.c_void_p,  # scales
+    ctypes.c_void_p,  # x
+    ctypes.c_int64,  # its stride
+    ctypes.c_int,  # its dtype
+    ctypes.c_int64,  # tokens
+    ctypes.c_void_p,  # out, contiguous
+    ctypes.c_int,  # its dtype
+    ctypes.c_int,  # threads
+)
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
@@ -77,6 +93,7 @@ def _library() -> ctypes.CDLL | None:
             library.moe_offload_dequantize.restype = None
             library.moe_offload_read.restype = ctypes.c_uint64
             library.moe_offload_moe_layer.argtypes = _MOE_LAYER_ARGUMENTS
+            library.moe_offload_linear_at.argtypes = _LINEAR_ARGUMENTS
             return library
     return None
 
@@ -206,16 +223,35 @@ def linear_many(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out:
         raise MemoryError(f"no memory to arrange {x.shape[0]} rows of {x.shape[1]} activations")
 
 
+# What `linear` passes but for addresses, by layout and code: to describe a small weight anew would take a good part of
+# the time that its product takes.
+_shapes: dict[tuple[PackedLayout, int], tuple[PackedWeight, int, int]] = {}
+
+
 def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tensor) -> None:
-    """out [T, N] = x [T, K] @ weight.T, in fp32 throughout; meant for few rows of x."""
+    """out [T, N] = x [T, K] @ weight.T for few rows of x; ``out`` is contiguous.
+
+    Every row of the result depends on its row of x and on the weight alone: on no other row, thread or address.
+    """
     library, isa = _call()
     x = x if x.stride(1) == 1 else x.contiguous()
-    status = library.moe_offload_linear(
+    shape = _shapes.get((layout, code))
+    if shape is None:
+        described = packed_weight(packed, layout, code)
+        shape = _shapes[layout, code] = (described, ctypes.addressof(described), layout.scales_offset_bytes)
+    address = packed.data_ptr()
+    num_tokens, stride = x.shape[0], x.stride(0)
+    status = library.moe_offload_linear_at(
         isa,
-        ctypes.byref(packed_weight(packed, layout, code)),
-        ctypes.byref(_matrix(x)),
-        ctypes.c_int64(x.shape[0]),
-        ctypes.byref(_matrix(out)),
+        shape[1],
+        address,
+        address + shape[2],
+        x.data_ptr(),
+        stride,
+        DTYPES[x.dtype],
+        num_tokens,
+        out.data_ptr(),
+        DTYPES[out.dtype],
         torch.get_num_threads(),
     )
     if status:

@@ -10,6 +10,7 @@ from moe_offload.quant import kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.base import Format
 from moe_offload.quant.blocked import FEWER_ROWS, BlockedFormat
+from moe_offload.quant.raw import RawFormat
 
 PackedPart = tuple[Format, tuple[int, ...], Tensor]
 """A weight's format, its shape, and its packed bytes."""
@@ -31,7 +32,7 @@ class _ExpertMlp(ctypes.Structure):
 class PackedMlp:
     """One expert's MLP, described once for all steps that find it in its slot; holds on to the memory."""
 
-    __slots__ = ("_struct", "_tensors", "address")
+    __slots__ = ("_struct", "_tensors", "address", "is_coded")
 
     def __init__(
         self,
@@ -52,9 +53,10 @@ class PackedMlp:
         )
         self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
         self.address = ctypes.addressof(self._struct)
+        self.is_coded = all(isinstance(weight_format, BlockedFormat) for weight_format, _, _ in (*up, down))
 
     def compute_rows(self, activation: Activation, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor) -> None:
-        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``; where `takes_rows`.
+        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``; where `takes_rows` and `is_coded`.
 
         The lists of rows are int64 ``[n]``; activations between the products are rounded to bf16, as are weights.
         """
@@ -77,7 +79,7 @@ class PackedMlp:
         parts, biases = [*up, *down], [bias for bias in (up_bias, down_bias) if bias is not None]
         if not (kernels.usable(*(packed for _, _, packed in parts), *biases) and len(down) == 1):
             return False
-        if len(up) > _MAX_PIECES or not all(isinstance(part[0], BlockedFormat) for part in parts):
+        if len(up) > _MAX_PIECES or not all(_is_described(part[0]) for part in parts):
             return False
         (_, (hidden, inner), _) = down[0]
         rows = sum(shape[0] for _, shape, _ in up)
@@ -90,9 +92,14 @@ class PackedMlp:
         )
 
 
+def _is_described(weight_format: Format) -> bool:
+    return isinstance(weight_format, BlockedFormat | RawFormat) and weight_format.code is not None
+
+
 def _described(part: PackedPart) -> kernels.PackedWeight:
     weight_format, shape, packed = part
-    assert isinstance(weight_format, BlockedFormat)
+    assert isinstance(weight_format, BlockedFormat | RawFormat)
+    assert weight_format.code is not None
     return kernels.packed_weight(packed, weight_format.layout(shape), weight_format.code)
 
 

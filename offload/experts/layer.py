@@ -223,7 +223,7 @@ class ExpertLayer:
             pairs = pairs_of[expert_idx]
             if parts is not None and PackedMlp.takes_rows(hidden_states, len(pairs)):
                 mlp = weights.packed_mlp(parts)
-                if mlp is not None:
+                if mlp is not None and mlp.is_coded:
                     mlp.compute_rows(parts.activation, hidden_states, pairs // top_k, room(hidden_states), pairs)
                     return
             result = expert_fn(weights, hidden_states[pairs // top_k])

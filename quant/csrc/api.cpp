@@ -9,8 +9,8 @@
 
 namespace {
 
-// Pieces of work of about this many weights: some tens of microseconds.
-constexpr int64_t kPieceWeights = 1 << 17;
+// Pieces of work of about this many weights: some microseconds.
+constexpr int64_t kPieceWeights = 1 << 16;
 // So many activations are prepared at a time, to bound memory.
 constexpr int64_t kTokensAtOnce = 16;
 
@@ -29,7 +29,7 @@ int64_t piece_rows(const PackedWeight& weight, int64_t multiple_of) {
 const KernelSet& kernel_set_of(int isa) { return *kernel_sets()[isa]; }
 
 // Changes whenever a signature or struct here does: a stale build is refused instead of called.
-EXPORT int moe_offload_abi() { return 3; }
+EXPORT int moe_offload_abi() { return 4; }
 
 // The name of instruction set `isa` (0 portable, 1 avx2, 2 avx512, 3 neon), or null if it cannot run here.
 EXPORT const char* moe_offload_isa(int isa) {
@@ -81,6 +81,17 @@ EXPORT int moe_offload_linear(int isa, const PackedWeight* weight, const Matrix*
         parallel_for(weight->rows, piece_rows(*weight, 4), num_threads, body);
     }
     return 0;
+}
+
+// The same with plain arguments: `shape` is the weight but for its addresses; out [num_tokens, rows] is contiguous.
+EXPORT int moe_offload_linear_at(int isa, const PackedWeight* shape, void* codes, void* scales, void* x,
+                                 int64_t x_stride, int x_dtype, int64_t num_tokens, void* out, int out_dtype,
+                                 int num_threads) {
+    PackedWeight weight = *shape;
+    weight.codes = static_cast<uint8_t*>(codes);
+    weight.scales = scales;
+    const Matrix input{x, x_stride, x_dtype}, output{out, weight.rows, out_dtype};
+    return moe_offload_linear(isa, &weight, &input, num_tokens, &output, num_threads);
 }
 
 // Reads every byte once, as the products do: the bandwidth that they are measured against.

@@ -87,8 +87,9 @@ struct V {
     static ALWAYS_INLINE Floats e8m0(const uint8_t* p) {
         return e8m0(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    // ones past the end: numbers below the normal ones would be slow
     static ALWAYS_INLINE Floats e8m0(const uint8_t* p, int64_t count) {
-        return e8m0(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), p));
+        return e8m0(_mm_mask_loadu_epi8(_mm_set1_epi8(127), static_cast<__mmask16>((1u << count) - 1), p));
     }
     static ALWAYS_INLINE Floats e8m0(__m128i exponents) {
         const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(exponents), 23);

@@ -15,7 +15,7 @@ NEVER_INLINE V::Floats shared_group_scales(const PackedWeight& weight, int64_t r
     return V::load(scales);
 }
 
-// The scales in fp32 of one row's interleaved groups [group, group + V::kLanes), zeros past the last of `num_groups`.
+// The scales in fp32 of one row's interleaved groups [group, group + V::kLanes), finite past the last.
 ALWAYS_INLINE V::Floats group_scales(const PackedWeight& weight, int64_t row, int64_t group, int64_t num_groups,
                                      int64_t groups_per_scale) {
     const int64_t count = num_groups - group;
@@ -49,6 +49,7 @@ ALWAYS_INLINE int64_t prefetch_distance(const PackedWeight& weight) {
 
 #include "linear_floats.inl"
 #include "linear_integers.inl"
+#include "linear_raw.inl"
 
 inline int64_t prepared_bytes(const PackedWeight& weight, int32_t x_dtype) {
     const int64_t bytes = uses_integers(weight, x_dtype) ? integer_input(weight).num_bytes : float_cols(weight) * 4;
@@ -63,6 +64,7 @@ inline void prepare(const PackedWeight& weight, const Matrix& x, int64_t token, 
 inline void linear_rows(const PackedWeight& weight, const PreparedInput& x, int64_t row_begin, int64_t row_end,
                         const Matrix& out) {
     if (uses_integers(weight, x.x_dtype)) return linear_rows_integers(weight, x, row_begin, row_end, out);
+    if (is_raw(weight)) return linear_rows_raw(weight, x, row_begin, row_end, out);
     linear_rows_floats(weight, x, row_begin, row_end, out);
 }
 

@@ -228,7 +228,7 @@ void multiply_tokens(const PackedWeight& weight, const float* scales, int64_t sc
 }
 
 inline void linear_rows_floats(const PackedWeight& weight, const PreparedInput& x, int64_t row_begin, int64_t row_end,
-                        const Matrix& out) {
+                               const Matrix& out) {
     const bool four_bit = is_four_bit(weight);
     const int64_t interleave = interleave_of(weight);
     const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);

@@ -6,7 +6,7 @@
 // two at or below the largest. Below 2^-115 it counts as zero.
 
 inline bool uses_integers(const PackedWeight& weight, int32_t x_dtype) {
-    return x_dtype != DTYPE_F32 && weight.code != CODE_E4M3;
+    return x_dtype != DTYPE_F32 && (is_four_bit(weight) || weight.code == CODE_INT8);
 }
 
 // How codes become integers. A chunk is kBytes of a row: kSteps vectors of values, one after the other; `column` is the
