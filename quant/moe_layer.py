@@ -56,7 +56,7 @@ class PackedMlp:
         self.is_coded = all(isinstance(weight_format, BlockedFormat) for weight_format, _, _ in (*up, down))
 
     def compute_rows(self, activation: Activation, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor) -> None:
-        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``; where `takes_rows` and `is_coded`.
+        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``, if `takes_rows` and `is_coded`.
 
         The lists of rows are int64 ``[n]``; activations between the products are rounded to bf16, as are weights.
         """
