@@ -50,6 +50,7 @@ def measure(job: Job) -> RunFigures:
         context_tokens=workload.context_tokens,
         policy=job.setting.policy,
         prefetch=job.setting.prefetch,
+        warm_start=False,  # what one run found hot must not help the next
         warm_start=False,
     ) as model:
         load_s = time.perf_counter() - begin_s
