@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev ## lint, check formatting and types, build the sdi
 	$(BIN)/python .ci/wheel_contents.py dist/*.whl
 
 bench: $(VENV)/.installed-dev ## run the benchmarks
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/bench_*.py benchmarks/tables.py; do $(BIN)/python $$script || exit 1; done
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("moe-offload needs Python 3.11 or later, this is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'

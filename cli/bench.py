@@ -18,6 +18,7 @@ from moe_offload.cli.param_types import PrefetchType, SharesType, SizeType
 @click.option("--layers", type=click.IntRange(min=1), help="Layers of the synthetic pack, instead of the model's own.")
 @click.option("--experts", type=click.IntRange(min=1), help="Experts in each of its layers.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Experts that a token is given to.")
+@click.option("--vocab", type=click.IntRange(min=64), help="Tokens of its vocabulary.")
 @click.option(
     "--format",
     type=click.Choice(choices.FORMATS[1:]),
@@ -152,7 +153,9 @@ def bench(
     from moe_offload.offload.pack.manifest import is_pack
 
     console = notes_console()
-    shape_options = {name: options.pop(name) for name in ("layers", "experts", "top_k", "format", "dense_format")}
+    shape_options = {
+        name: options.pop(name) for name in ("layers", "experts", "top_k", "vocab", "format", "dense_format")
+    }
     if prefill is not None:
         options |= {"kind": "prefill", "prompt_tokens": prefill}
     workload = Workload(**options)

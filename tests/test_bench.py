@@ -76,7 +76,9 @@ def test_a_preset_has_the_size_of_its_model(name):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_the_numbers_of_a_preset_can_be_changed(name):
-    config = preset_config(name, layers=3, experts=4, top_k=2)
+    config = preset_config(name, layers=3, experts=4, top_k=2, vocab=1000)
+    assert config.vocab_size == 1000
+    assert all(value is None or value < 1000 for value in (config.pad_token_id, config.eos_token_id))
     assert config.num_hidden_layers == 3
     assert experts_per_token(config) == 2
     assert Shape(name).expert_format == PUBLISHED_FORMATS.get(name, "nf4")

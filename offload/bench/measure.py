@@ -51,7 +51,6 @@ def measure(job: Job) -> RunFigures:
         policy=job.setting.policy,
         prefetch=job.setting.prefetch,
         warm_start=False,  # what one run found hot must not help the next
-        warm_start=False,
     ) as model:
         load_s = time.perf_counter() - begin_s
         note = _force_routing(model, job)

@@ -26,6 +26,7 @@ class Shape:
     layers: int | None = None
     experts: int | None = None
     top_k: int | None = None
+    vocab: int | None = None
     format: str | None = None
     dense_format: str = _SOURCE
 
@@ -36,7 +37,7 @@ class Shape:
 
     def config(self) -> "PreTrainedConfig":
         """Its configuration; `ConfigError` if there is no such preset, or no such file."""
-        numbers = {"layers": self.layers, "experts": self.experts, "top_k": self.top_k}
+        numbers = {"layers": self.layers, "experts": self.experts, "top_k": self.top_k, "vocab": self.vocab}
         if isinstance(self.like, str):
             return preset_config(self.like, **numbers)
         path = self.like / "config.json" if self.like.is_dir() else self.like
@@ -58,7 +59,12 @@ class Shape:
         stem = self.like if isinstance(self.like, str) else (self.like if self.like.is_dir() else self.like.parent).name
         numbers = [
             f"{number}-{what}"
-            for number, what in ((self.layers, "layers"), (self.experts, "experts"), (self.top_k, "a-token"))
+            for number, what in (
+                (self.layers, "layers"),
+                (self.experts, "experts"),
+                (self.top_k, "a-token"),
+                (self.vocab, "words"),
+            )
             if number is not None
         ]
         dense = [] if self.dense_format == _SOURCE else [f"dense-{self.dense_format}"]

@@ -65,6 +65,7 @@ _OVERRIDES = {
     "layers": ("num_hidden_layers",),
     "experts": ("num_local_experts", "n_routed_experts", "num_experts"),
     "top_k": ("num_experts_per_tok",),
+    "vocab": ("vocab_size",),
 }
 
 
@@ -74,21 +75,31 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_config(
-    name: str, *, layers: int | None = None, experts: int | None = None, top_k: int | None = None
+    name: str,
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    vocab: int | None = None,
 ) -> "PreTrainedConfig":
-    """The configuration of a preset, with other numbers of layers, experts, or experts a token where given."""
+    """The configuration of a preset, with other numbers of layers, experts, experts a token or tokens where given."""
     if name not in PRESETS:
         raise ConfigError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
-    return _overridden(dict(PRESETS[name]), layers=layers, experts=experts, top_k=top_k)
+    return config_like(PRESETS[name], layers=layers, experts=experts, top_k=top_k, vocab=vocab)
 
 
 def config_like(
-    values: dict[str, Any], *, layers: int | None = None, experts: int | None = None, top_k: int | None = None
+    values: dict[str, Any],
+    *,
+    layers: int | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    vocab: int | None = None,
 ) -> "PreTrainedConfig":
     """The same from the values of a ``config.json``."""
     if not isinstance(values.get("model_type"), str):
         raise ConfigError("the configuration has no model_type; give a config.json as checkpoints have it")
-    return _overridden(dict(values), layers=layers, experts=experts, top_k=top_k)
+    return _overridden(dict(values), layers=layers, experts=experts, top_k=top_k, vocab=vocab)
 
 
 def _overridden(values: dict[str, Any], **numbers: int | None) -> "PreTrainedConfig":
@@ -109,11 +120,19 @@ def _overridden(values: dict[str, Any], **numbers: int | None) -> "PreTrainedCon
             raise ConfigError(f"a configuration of {model_type} has no number of {what.replace('_', '-')} to change")
         for name in names:
             setattr(decoder, name, number)
+        if what == "vocab":
+            _drop_special_tokens(config, number)
         if what == "layers" and getattr(decoder, "layer_types", None):
             decoder.layer_types = (list(decoder.layer_types) * number)[:number]
     _check(decoder)
     config.dtype = "bfloat16"
     return config
+
+
+def _drop_special_tokens(config: Any, vocab: int) -> None:
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(getattr(config, name, None), int) and getattr(config, name) >= vocab:
+            setattr(config, name, None)
 
 
 def _check(decoder: Any) -> None:
