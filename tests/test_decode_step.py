@@ -17,6 +17,7 @@ from moe_offload.offload.decode.choice import dense_mode
 from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.decode.linears import FusedLinear
 from moe_offload.offload.decode.norms import FusedNorm
+from moe_offload.offload.decode.routers import FusedRouter
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.quant import backend_name
 
@@ -108,9 +109,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_eager_model(family, both, calls):
     model, eager = both(family)
-    assert not any(fused(eager, kind) for kind in (FusedNorm, FusedLinear, FusedAttention))
+    assert not any(fused(eager, kind) for kind in (FusedNorm, FusedLinear, FusedRouter, FusedAttention))
     assert "lm_head" in fused(model, FusedLinear)
     assert "model.norm" in fused(model, FusedNorm)
+    assert len(fused(model, FusedRouter)) == (1 if family == "deepseek_v2" else 2), "one in each layer of experts"
     calls.clear()  # what loading tried
     assert close(decode(model), decode(eager))
     attention = [] if family in ATTENTION_STAYS_EAGER else ["model.layers.0.self_attn", "model.layers.1.self_attn"]
@@ -180,6 +182,14 @@ def test_another_dtype_is_used_at_once(packs):
         model, cache = loaded.model.to(torch.bfloat16), DynamicCache()
         for tokens in ([5, 6, 7], [8], [9]):
             assert step(model, cache, tokens).dtype == torch.bfloat16
+
+
+def test_another_router_weight_is_used_at_once(both):
+    model, eager = both("olmoe")
+    for one in (model, eager):
+        router = one.model.layers[0].mlp.gate
+        router.weight = torch.nn.Parameter(router.weight.flip(0).clone(), requires_grad=False)
+    assert close(decode(model), decode(eager))
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.offload.decode.attention import fuse_attention
 from moe_offload.offload.decode.linears import fuse_linears
 from moe_offload.offload.decode.norms import fuse_norms
+from moe_offload.offload.decode.routers import fuse_routers
 from moe_offload.quant import backend_name
 
 _ENVIRONMENT = "MOE_OFFLOAD_DENSE"
@@ -29,4 +30,5 @@ def fuse_decode_step(model: nn.Module, device: torch.device) -> None:
         return
     fuse_norms(model)
     fuse_linears(model)
+    fuse_routers(model)
     fuse_attention(model)
