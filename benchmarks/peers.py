@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -205,6 +206,7 @@ def main() -> None:
         timeout_s=arguments.timeout,
     )
     results = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: children and groups go too
     with contextlib.ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-offload-peers-")))
         work.mkdir(parents=True, exist_ok=True)
