@@ -57,7 +57,8 @@ def measure_rates(case: Case, pack: Path) -> "MachineRates":
     from moe_offload.offload.pack.manifest import read_manifest
 
     disk, direct = expert_read_rate(read_manifest(pack), pack, seed=0)
-    memory = kernel_read_rate(case.shape.active_weights // 2)
+    token_share = case.shape.active_weights / case.shape.num_weights
+    memory = kernel_read_rate(int(token_share * weight_bytes(pack)))
     shape = (case.shape.expert_size, case.shape.hidden_size)
     matrix = matrix_rate(case.prefill_tokens, shape) if case.prefill_tokens else None
     return MachineRates(memory.bytes_per_s, disk.bytes_per_s, direct, matrix)

@@ -5,7 +5,6 @@ import json
 import random
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # isort: off
@@ -17,10 +16,9 @@ import transformers
 from process_io import disk_read_bytes
 
 from moe_offload import OffloadedModel
+from moe_offload.offload.planning.memory import rss_bytes
 
-MIB = 1 << 20
-# Of the limit, what the budget does not count: pages of the libraries' code in use, and the system's own bookkeeping.
-MARGIN_BYTES = 80 * MIB
+RUNTIME_BYTES = 160 << 20
 
 
 class _Mark(NamedTuple):
@@ -31,12 +29,6 @@ class _Mark(NamedTuple):
     counts: Any
 
 
-def _anonymous_bytes() -> int:
-    """Memory that this process holds and that no file could give back."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-
 def main() -> None:
     """A prompt, some tokens to warm up, then tokens that count; then a longer prompt."""
     settings = json.loads(sys.argv[1])
@@ -45,7 +37,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     ram_bytes = settings["ram_bytes"]
     if settings["limit_bytes"] is not None:
-        ram_bytes = settings["limit_bytes"] - _anonymous_bytes() - MARGIN_BYTES
+        # The limit counts the imports too; most of what the plan keeps for the runtime is among them.
+        ram_bytes = settings["limit_bytes"] - rss_bytes() + RUNTIME_BYTES
     warmup, decode = settings["warmup_tokens"], settings["decode_tokens"]
     draw = random.Random(settings["seed"])
 
