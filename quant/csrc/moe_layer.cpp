@@ -41,7 +41,7 @@ namespace {
 // Pieces of work of about this many weights: some microseconds.
 constexpr int64_t kPieceWeights = 1 << 17;
 // To wake another thread takes longer than to compute with fewer weights than this.
-constexpr int64_t kWeightsPerThread = 1 << 18;
+constexpr int64_t kWeightsPerThread = 1 << 20;
 constexpr int64_t kSumCols = 2048;
 constexpr int64_t kAlign = 64;
 
