@@ -30,11 +30,11 @@ FAMILIES = (
 pytestmark = pytest.mark.skipif(kernels.available() == ("torch",), reason="no kernels were built")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_call_says_what_experts_one_by_one_say(family: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("family", "spec"), [*((family, "int8") for family in FAMILIES), ("gpt_oss", "bf16")])
+def test_one_call_says_what_experts_one_by_one_say(family: str, spec: str, tmp_path: Path, monkeypatch: Any) -> None:
     config = make_config(family)
     save_random_model(config, tmp_path / "checkpoint")
-    pack = pack_model(str(tmp_path / "checkpoint"), tmp_path / "pack", format="int8")
+    pack = pack_model(str(tmp_path / "checkpoint"), tmp_path / "pack", format=spec)
     num_calls = 0
     call = kernels.moe_layer
 
