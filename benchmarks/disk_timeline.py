@@ -1,5 +1,6 @@
-"""When the disk was read during a run, and what the run was doing while it was not."""
+"""When the disk was read while tokens were decoded, and what the run was doing while it was not."""
 
+import argparse
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -112,3 +113,37 @@ def _overlap(first: list[Span], second: list[Span]) -> float:
             total_s += min(end_s, second[at][1]) - max(begin_s, second[at][0])
             at += 1
     return total_s
+
+
+def main() -> None:
+    """Decode random tokens and print a line for each setting."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--ram", required=True)
+    parser.add_argument("--prefetch", nargs="+", default=["off", "1"], help="off, auto or numbers of layers")
+    parser.add_argument("--tokens", type=int, default=24)
+    options = parser.parse_args()
+
+    from moe_offload import OffloadedModel  # before torch, as the command line has it
+
+    import torch
+
+    for prefetch in options.prefetch:
+        setting = int(prefetch) if prefetch.isdecimal() else prefetch
+        with OffloadedModel.from_pretrained(
+            options.pack, device="cpu", ram=options.ram, prefetch=setting, warm_start=False
+        ) as model:
+            timeline = DiskTimeline()
+            timeline.watch(model)
+            vocab = model.model.config.vocab_size
+            prompt = torch.randint(3, vocab, (1, 32), generator=torch.Generator().manual_seed(0))
+            times_s: list[float] = []
+            model.model.register_forward_pre_hook(lambda *_, at=times_s: at.append(time.perf_counter()))
+            count = options.tokens + 10  # the first few still fill slots
+            model.model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            shares = timeline.shares(times_s[-options.tokens], time.perf_counter())
+        print(f"prefetch {prefetch}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
