@@ -2,9 +2,10 @@
 
 Each model has the real shape of its dense part, or a narrow one in which only the overhead is left, and experts that
 return zeros. A layer's time is the slope over the number of layers; what is left is the token's: generate's loop, the
-embedding, the last norm and a head of few words. `--profile` adds where a fused step's time goes.
+embedding, the last norm and a head of few words. The time of the main thread alone, on one thread, is what Python and
+its calls cost; other work on the machine disturbs it least. `--profile` adds where a fused step's time goes.
 
-    python benchmarks/bench_step.py --markdown
+    python benchmarks/bench_step.py
 """
 
 import argparse
@@ -15,6 +16,7 @@ import pstats
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,26 +103,41 @@ def measure(pack: Path, tokens: int, with_profile: bool) -> dict[str, Any]:
         inputs = torch.randint(0, 2000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
         layers = list(model.model.layers)
 
-        def run(count: int) -> float:
-            begin_s = time.perf_counter()
+        def run(count: int, clock: Callable[[], float]) -> float:
+            begin_s = clock()
             model.generate(input_ids=inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            return time.perf_counter() - begin_s
+            return clock() - begin_s
 
-        token_s: dict[int, list[float]] = {count: [] for count in LAYERS}
-        with torch.inference_mode():
+        def token_s(clock: Callable[[], float]) -> list[float]:
+            """The least time of a token with few layers and with many."""
+            times: dict[int, list[float]] = {count: [] for count in LAYERS}
             for _ in range(5):
                 for count in LAYERS:
                     model.model.layers = torch.nn.ModuleList(layers[:count])
-                    run(2)
-                    token_s[count].append((run(tokens + 1) - run(1)) / tokens)
+                    run(2, clock)
+                    times[count].append((run(tokens + 1, clock) - run(1, clock)) / tokens)
+            return [min(times[count]) for count in LAYERS]
+
+        with torch.inference_mode():
+            few, many = token_s(time.perf_counter)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            few_alone, many_alone = token_s(time.thread_time)
+            torch.set_num_threads(threads)
             if with_profile:
                 profile = cProfile.Profile()
-                profile.runcall(run, tokens)
+                profile.runcall(run, tokens, time.perf_counter)
                 pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(25)
-    few, many = (min(token_s[count]) for count in LAYERS)
-    layer_s = (many - few) / (LAYERS[1] - LAYERS[0])
+    added = LAYERS[1] - LAYERS[0]
+    layer_s, alone_s = (many - few) / added, (many_alone - few_alone) / added
     dense_bytes = sum(p.nbytes for p in layers[-1].parameters()) + sum(b.nbytes for b in layers[-1].buffers())
-    return {"layer_s": layer_s, "rest_s": few - LAYERS[0] * layer_s, "layer_bytes": dense_bytes}
+    return {
+        "layer_s": layer_s,
+        "rest_s": few - LAYERS[0] * layer_s,
+        "alone_s": alone_s,
+        "rest_alone_s": few_alone - LAYERS[0] * alone_s,
+        "layer_bytes": dense_bytes,
+    }
 
 
 def child(pack: Path, mode: str, tokens: int, with_profile: bool) -> dict[str, Any]:
@@ -156,8 +173,8 @@ def main() -> None:
     memory_rate = max(memory_read_rate().bytes_per_s for _ in range(3))
     print(f"memory read {memory_rate / 1e9:.1f} GB/s; times in ms\n")
     print(
-        "| model | width | modules | a layer | of it memory's | overhead | a token besides |\n"
-        "|---|---|---|---|---|---|---|"
+        "| model | width | modules | a layer | of it memory's | overhead | a token besides "
+        "| main thread, a layer | a token besides |\n|---|---|---|---|---|---|---|---|---|"
     )
     for name in arguments.model or CONFIGS:
         for width in arguments.width or ("real", "narrow"):
@@ -169,7 +186,8 @@ def main() -> None:
                     memory_s = figures["layer_bytes"] / memory_rate
                     print(
                         f"| {name} | {width} | {mode} | {1e3 * figures['layer_s']:.3f} | {1e3 * memory_s:.3f} "
-                        f"| {1e3 * (figures['layer_s'] - memory_s):.3f} | {1e3 * figures['rest_s']:.3f} |",
+                        f"| {1e3 * (figures['layer_s'] - memory_s):.3f} | {1e3 * figures['rest_s']:.3f} "
+                        f"| {1e3 * figures['alone_s']:.3f} | {1e3 * figures['rest_alone_s']:.3f} |",
                         flush=True,
                     )
 
