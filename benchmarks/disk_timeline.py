@@ -124,9 +124,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     options = parser.parse_args()
 
-    from moe_offload import OffloadedModel  # before torch, as the command line has it
-
     import torch
+
+    from moe_offload import OffloadedModel
 
     for prefetch in options.prefetch:
         setting = int(prefetch) if prefetch.isdecimal() else prefetch
