@@ -14,7 +14,7 @@ HEAD = """\
 # Models
 
 These families run. Each line is a test (`tests/test_families.py`): a tiny model with random weights is saved, packed
-with `--format source` and loaded in fp32 with slots for one token's experts in each layer. Its logits, of a prompt and
+with `--format source` and loaded in fp32 with one slot in each layer, the smallest budget. Its logits, of a prompt and
 of 8 decode steps for two sequences, are compared with those of transformers on the same checkpoint; the greedy tokens
 are the same in every line.
 

@@ -20,7 +20,6 @@ from moe_offload.errors import BudgetError
 from moe_offload.offload.checkpoint.transformers_loading import auto_class
 from moe_offload.offload.pack.manifest import is_pack
 from moe_offload.offload.pack.packer import pack_model
-from moe_offload.offload.planning.workspace import experts_per_token
 
 transformers.logging.disable_progress_bar()
 
@@ -36,7 +35,6 @@ class FamilyRun:
     experts_class: str
     is_decorated: bool
     num_expert_layers: int
-    top_k: int
     num_slots: tuple[int, ...]
     difference: float
     scale: float
@@ -144,7 +142,6 @@ def run_family(name: str, folder: Path) -> FamilyRun:
             experts_class=", ".join(sorted({type(container).__name__ for container in containers})),
             is_decorated=all(hasattr(container, "is_concatenated") for container in containers),
             num_expert_layers=len(containers),
-            top_k=experts_per_token(config.get_text_config(decoder=True)),
             num_slots=offloaded.plan.num_slots,
             difference=float((logits - expected).abs().max()),
             scale=float(expected.abs().max()),

@@ -26,7 +26,7 @@ WITHOUT_LOOKAHEAD = {"deepseek_v4": 1, "nllb_moe": 2}
 @pytest.mark.parametrize("name", [*FAMILIES, *MORE_FAMILIES])
 def test_logits_and_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     run = run_family(name, tmp_path)
-    assert run.num_slots == (run.top_k,) * run.num_expert_layers
+    assert run.num_slots == (1,) * run.num_expert_layers
     assert run.same_tokens
     assert run.relative_difference <= TOLERANCE
     assert run.num_lookahead_layers == run.num_expert_layers - WITHOUT_LOOKAHEAD.get(name, 0)

@@ -192,13 +192,14 @@ class Residency:
         num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
         if issued is not None:
             issued()
-        if together:
+        shield.check()
+        if together:  # no interrupt between here and _compute, which gives back the staging slots of what has come
             come = arrivals.get_all()
             num_pending -= len(come)
             ready += come
         for batch in [ready] if together and ready else [[one] for one in ready]:
-            shield.check()
             self._compute(layer_idx, batch, compute)
+            shield.check()
         while num_pending or bypassed:
             if not num_pending:
                 num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
