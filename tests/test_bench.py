@@ -138,6 +138,18 @@ def test_counts_depend_on_the_budget_alone_and_the_text_is_the_same(pack):
     assert half.best.bytes_missed == half.best.bytes_read
 
 
+def test_a_share_of_the_experts_is_met_to_the_byte(pack):
+    report = run(pack, cross(resident=[0.5], prefetch=["off"]), replace(SHORT, new_tokens=1), isolated=False)
+    with OffloadedModel.from_pretrained(
+        pack,
+        device="cpu",
+        ram=report.rows[0].best.ram_bytes,
+        context_tokens=replace(SHORT, new_tokens=1).context_tokens,
+    ) as model:
+        assert model.plan.total_bytes("RAM") == model.plan.ram_bytes
+        assert model.plan.num_slots == (4, 4, 4)
+
+
 RUN = RunFigures(
     routing="by the model",
     ram_bytes=1,
