@@ -1,6 +1,6 @@
 """What the options offer, for the help pages: kept here because the registries behind some of them import torch."""
 
-DENSE_FORMATS = ("source", "bf16", "int8", "nf4", "int4", "mxfp4", "fp8")
+DENSE_FORMATS = ("source", "bf16", "int8", "nf4", "int4", "mxfp4", "nf3", "fp8")
 FORMATS = ("auto", *DENSE_FORMATS)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 VERIFY = ("first", "always", "off")

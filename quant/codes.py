@@ -34,6 +34,30 @@ E2M1 = _E2M1_MAGNITUDES + tuple(-magnitude for magnitude in _E2M1_MAGNITUDES)
 # bitsandbytes' own fp4, normalised to 1; not in the order of its values.
 _BNB_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
+# Sixteen tables in units of 1/128, of which each group of 32 weights picks one; weights are scaled by their row's root
+# mean square. The first fourteen, seven and their mirror images, were fitted by Lloyd's algorithm on groups of normal
+# numbers whose deviations differ by a factor of 2**(normal number / 4), a sixth of the rows with the longer tails of
+# Student's t of 8 degrees. The last two are for groups with outliers; only the last has a zero.
+NF3_UNIT = 128
+NF3_TABLES = (
+    (-196, -128, -78, -34, 10, 54, 103, 164),
+    (-243, -160, -96, -41, 13, 69, 132, 219),
+    (-246, -143, -81, -31, 14, 59, 111, 179),
+    (-297, -195, -115, -48, 16, 83, 162, 275),
+    (-313, -175, -98, -37, 19, 73, 135, 213),
+    (-379, -216, -123, -48, 19, 88, 167, 271),
+    (-482, -259, -144, -58, 20, 102, 201, 347),
+    (-164, -103, -54, -10, 34, 78, 128, 196),
+    (-219, -132, -69, -13, 41, 96, 160, 243),
+    (-179, -111, -59, -14, 31, 81, 143, 246),
+    (-275, -162, -83, -16, 48, 115, 195, 297),
+    (-213, -135, -73, -19, 37, 98, 175, 313),
+    (-271, -167, -88, -19, 48, 123, 216, 379),
+    (-347, -201, -102, -20, 58, 144, 259, 482),
+    (-1152, -410, -166, -51, 51, 166, 410, 1152),
+    (-7168, -2304, -768, -102, 0, 102, 1792, 5120),
+)
+
 E4M3_MAX = 448.0
 E2M1_MAX_EXPONENT = 2  # of its largest value, 6 = 1.5 * 2**2
 E8M0_BIAS = 127

@@ -9,6 +9,7 @@ from moe_offload.quant.base import Format
 from moe_offload.quant.eight_bit import INT8, fp8_format
 from moe_offload.quant.four_bit import INT4, MXFP4, NF4, bnb_format
 from moe_offload.quant.raw import RawFormat
+from moe_offload.quant.three_bit import NF3
 
 # What --format offers, in the order that help shows.
 _OFFERED: dict[str, Format] = {
@@ -17,6 +18,7 @@ _OFFERED: dict[str, Format] = {
     "nf4": NF4,
     "int4": INT4,
     "mxfp4": MXFP4,
+    "nf3": NF3,
     "fp8": fp8_format(),
 }
 # What only a checkpoint's own numbers ask for.

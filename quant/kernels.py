@@ -23,7 +23,7 @@ _ISA_NAMES = ("portable", "avx2", "avx512", "neon")  # indices are the library's
 _PREFERENCE = ("avx512", "avx2", "neon", "portable")
 
 # The numbers that packed.h gives them.
-CODES = {"nf4": 0, "int4": 1, "e2m1": 2, "fp4": 3, "int8": 4, "e4m3": 5}
+CODES = {"nf4": 0, "int4": 1, "e2m1": 2, "fp4": 3, "int8": 4, "e4m3": 5, "nf3": 6}
 RAW_CODES = {"bf16": 16, "fp16": 17}  # by format
 _SCALE_TYPES = {torch.float16: 0, torch.float32: 1, torch.uint8: 2}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

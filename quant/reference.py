@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_offload.errors import FormatError
-from moe_offload.quant.codes import E2M1_MAX_EXPONENT, E4M3_MAX, E8M0_BIAS, FP16_MAX, CodeTable
+from moe_offload.quant.codes import E2M1_MAX_EXPONENT, E4M3_MAX, E8M0_BIAS, FP16_MAX, NF3_TABLES, NF3_UNIT, CodeTable
 
 # Scaled and coded blocks: quantisers map [..., size] fp32 to codes of that shape and scales [...].
 BlockQuantizer = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -93,6 +93,72 @@ def quantize_fp8_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
     scaled = torch.clamp(blocks / divisor, -E4M3_MAX, E4M3_MAX)
     scaled = torch.where(scale.unsqueeze(-1) > 0, scaled, torch.zeros_like(scaled))
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def _tree_sum(values: Tensor) -> Tensor:
+    """Sums over the last dimension, padded to a power of two, by halves: an order that kernels repeat."""
+    size = values.shape[-1]
+    values = torch.nn.functional.pad(values, (0, (1 << max(0, size - 1).bit_length()) - size))
+    while values.shape[-1] > 1:
+        half = values.shape[-1] // 2
+        values = values[..., :half] + values[..., half:]
+    return values[..., 0]
+
+
+def _nearest_nf3(groups: Tensor, is_weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For [n, G, 32] and scales [n]: codes of that shape, the tables [n, G] of least squared error, and the values."""
+    scaled = groups * _reciprocal(scale, scale != 0)[:, None, None]
+    least = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    tables = torch.zeros(groups.shape[:2], dtype=torch.uint8, device=groups.device)
+    codes = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+    values = torch.zeros_like(groups)
+    for number, table in enumerate(torch.tensor(NF3_TABLES, dtype=torch.float32, device=groups.device) / NF3_UNIT):
+        nearest = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True)
+        difference = torch.where(is_weight, scaled - table[nearest], 0)
+        error = _tree_sum(difference * difference)
+        better = error < least
+        least = torch.where(better, error, least)
+        tables = torch.where(better, number, tables)
+        codes = torch.where(better[..., None], nearest.to(torch.uint8), codes)
+        values = torch.where(better[..., None], table[nearest], values)
+    return codes, tables, torch.where(is_weight, values, 0)
+
+
+def quantize_nf3_rows(groups: Tensor, is_weight: Tensor, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, G, 32] padded groups -> codes, tables [n, G] and scales [n], by one step of alternating least squares.
+
+    Tables are picked for rows scaled by their root mean square; the scale that fits those codes best picks them anew.
+    """
+    mean_square = _tree_sum(_tree_sum(groups * groups)) / max(1, num_cols)
+    scale = _to_fp16_scale(mean_square.sqrt()).float()
+    _, _, values = _nearest_nf3(groups, is_weight, scale)
+    products, squares = _tree_sum(_tree_sum(groups * values)), _tree_sum(_tree_sum(values * values))
+    fitted = torch.where((products > 0) & (squares > 0), products / squares, scale)
+    scale_fp16 = _to_fp16_scale(fitted)
+    codes, tables, _ = _nearest_nf3(groups, is_weight, scale_fp16.float())
+    return codes, tables, scale_fp16
+
+
+def pack_three_bits(codes: Tensor) -> Tensor:
+    """[..., 64] codes to [..., 24] bytes: 16 of low pairs of bits, 8 of high bits.
+
+    Byte 2w + h of the former holds the codes at 32h + w, + 8, + 16 and + 24, from its lowest bits; bit p of the latter,
+    as a little-endian integer, belongs to code p.
+    """
+    pairs = torch.unflatten(codes & 3, -1, (2, 4, 8)).movedim(-3, -1)  # [..., 4, w, h]
+    low = pairs[..., 0, :, :] | pairs[..., 1, :, :] << 2 | pairs[..., 2, :, :] << 4 | pairs[..., 3, :, :] << 6
+    bits = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    high = (torch.unflatten(codes >> 2, -1, (8, 8)) << bits).sum(-1, dtype=torch.uint8)
+    return torch.cat((low.flatten(-2), high), dim=-1)
+
+
+def unpack_three_bits(packed: Tensor) -> Tensor:
+    """The inverse of `pack_three_bits`."""
+    low, high = packed[..., :16], packed[..., 16:]
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    pairs = torch.unflatten(low, -1, (8, 2)).movedim(-1, -2)[..., None, :] >> shifts[:, None] & 3  # [..., h, 4, w]
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return pairs.flatten(-3) | ((high[..., None] >> bits & 1) << 2).flatten(-2)
 
 
 def scale_to_float(scales: Tensor) -> Tensor:

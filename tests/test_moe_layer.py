@@ -14,7 +14,7 @@ from moe_offload.quant.moe_layer import MoeStep, PackedMlp
 
 NUM_EXPERTS, HIDDEN, INNER = 5, 192, 128
 BACKENDS = [name for name in kernels.available() if name != "torch"]
-FORMATS = ("nf4", "int4", "mxfp4", "int8", "fp8", "bf16", "fp16")
+FORMATS = ("nf4", "int4", "mxfp4", "nf3", "int8", "fp8", "bf16", "fp16")
 GPT_OSS = Activation("sigmoid", "interleaved", 1.702, gate_limit=7.0, up_limit=7.0, up_shift=1.0)
 ACTIVATIONS = [
     *(Activation(function, gating) for function, gating in itertools.product(FUNCTIONS, GATINGS)),

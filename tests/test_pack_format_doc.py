@@ -161,3 +161,24 @@ def test_sizes_are_those_of_the_table(spec, shape):
             scale_bytes = -(-rows // block_rows) * -(-cols // block_cols) * 4
         expected = up(code_bytes, 64) + up(scale_bytes, 64)
     assert get_format(spec).nbytes(shape) == expected
+
+
+def test_three_bit_codes_are_where_the_page_says():
+    """nf3 decoded as another program would, with the tables that the page prints."""
+    lines = DOC.split("table 0 to 15, for codes 0 to 7:")[1].split("```")[1].split()
+    tables = torch.tensor([int(number.strip(",")) for number in lines]).view(16, 8)
+    rows, cols = 3, 100
+    nf3 = get_format("nf3")
+    packed = nf3.quantize(torch.randn(rows, cols, generator=torch.Generator().manual_seed(0)))
+    data = bytes(packed.tolist())
+    values = torch.empty(rows, cols)
+    for row in range(rows):
+        (scale,) = struct.unpack_from("<e", data, -(-rows * 50 // 64) * 64 + 2 * row)
+        for col in range(cols):
+            start, p = row * 50 + col // 64 * 24, col % 64
+            half, word, pair = p // 32, p % 8, p % 32 // 8
+            low = data[start + 2 * word + half] >> 2 * pair & 3
+            high = int.from_bytes(data[start + 16 : start + 24], "little") >> p & 1
+            table = data[row * 50 + 48 + col // 64] >> 4 * half & 15
+            values[row, col] = float(tables[table, low | high << 2]) / 128 * scale
+    assert torch.equal(nf3.dequantize(packed, (rows, cols), torch.float32), values)

@@ -8,9 +8,9 @@ import torch
 from moe_offload.errors import FormatError
 from moe_offload.quant import Format, format_names, get_format, kernels, reference
 
-CODED = ("int8", "nf4", "int4", "mxfp4", "fp8", "fp8-16x24", "bnb-nf4-64", "bnb-fp4-32", "bnb-nf4-256")
+CODED = ("int8", "nf4", "int4", "mxfp4", "nf3", "fp8", "fp8-16x24", "bnb-nf4-64", "bnb-fp4-32", "bnb-nf4-256")
 RAW = ("bf16", "fp16", "fp32")
-HALF_SCALED = ("int8", "nf4", "int4")
+HALF_SCALED = ("int8", "nf4", "int4", "nf3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1, 1), (3, 64), (5, 100), (33, 192), (130, 288), (7, 31), (0, 64), (4, 0), (257, 129))
 MANY_ROWS = 70
@@ -144,7 +144,7 @@ def test_rows_do_not_depend_on_what_is_computed_beside_them(spec, backend):
     """Neither on the number of threads, nor on the other tokens of a small batch."""
     fmt = get_format(spec)
     block = fmt.layout((0, 4096)).block_cols
-    shape = (301, 1152 // block * block)
+    shape = (301, 1152 // block * block or 1152)
     packed = fmt.quantize(random(*shape))
     x = random(7, shape[1], seed=1).to(torch.bfloat16)
     expected = fmt.linear(x, packed, shape)
@@ -320,6 +320,7 @@ def test_bits_per_weight_is_what_a_large_matrix_takes(spec):
         ("int4", (2, 64), 64 + 64),
         ("int8", (3, 100), 3 * 128 + 64),
         ("mxfp4", (4, 96), 192 + 64),
+        ("nf3", (3, 100), 192 + 64),
         ("fp8", (130, 300), 39040 + 64),
         ("bf16", (5,), 64),
         ("fp32", (5, 7, 2), 320),
@@ -331,7 +332,7 @@ def test_exact_sizes(spec, shape, expected):
 
 
 def test_names():
-    assert format_names() == ("bf16", "int8", "nf4", "int4", "mxfp4", "fp8")
+    assert format_names() == ("bf16", "int8", "nf4", "int4", "mxfp4", "nf3", "fp8")
     for spec in CODED + RAW:
         assert get_format(spec).spec == spec
         assert get_format(get_format(spec).spec) == get_format(spec)
@@ -339,7 +340,7 @@ def test_names():
     for wrong in ("q4", "fp8-0x4", "fp8-4x", "bnb-nf4-63", "bnb-int8-64", "nf4 ", ""):
         with pytest.raises(FormatError):
             get_format(wrong)
-    with pytest.raises(FormatError, match="known: bf16, int8, nf4, int4, mxfp4, fp8, fp16, fp32, fp8-ROWSxCOLS"):
+    with pytest.raises(FormatError, match="known: bf16, int8, nf4, int4, mxfp4, nf3, fp8, fp16, fp32, fp8-ROWSxCOLS"):
         get_format("q4")
 
 

@@ -131,6 +131,7 @@ inline void dequantize_region(const PackedWeight& weight, const Region& region, 
     switch (weight.code) {
         case CODE_INT8: return dequantize_eight_bit<Int8Codes>(weight, region, out);
         case CODE_E4M3: return dequantize_eight_bit<E4m3Codes>(weight, region, out);
+        case CODE_NF3: return dequantize_nf3(weight, region, out);
         default: break;
     }
     if (interleave_of(weight) == 32) return dequantize_four_bit<32, V>(weight, region, out);

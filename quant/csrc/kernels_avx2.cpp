@@ -147,6 +147,29 @@ struct V {
         }
     }
     static int nibble_at(int step, int lane) { return 2 * (lane / 8 * 16 + step % 2 * 8 + lane % 8) + step / 2; }
+    static constexpr bool kLooksUpNf3 = true;
+    // 64-bit words of indices for the codes from 0, 16, 8 and 24, so that unpacking puts values in order
+    static ALWAYS_INLINE void lookup_nf3(const uint8_t* unit, int half, const int16_t* table, Shorts* values) {
+        const __m128i pairs = _mm_srl_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit)),
+                                            _mm_cvtsi32_si128(8 * half));
+        const __m128i bytes = _mm_shuffle_epi8(pairs, _mm_set1_epi64x(0x0E0C0A0806040200));
+        const __m256i shifted = _mm256_srlv_epi64(_mm256_broadcastsi128_si256(bytes), _mm256_set_epi64x(6, 2, 4, 0));
+        uint32_t high;
+        std::memcpy(&high, unit + 16 + 4 * half, 4);
+        const __m256i which = _mm256_set_epi64x(0x0303030303030303, 0x0101010101010101, 0x0202020202020202, 0);
+        const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+        const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(high)), which);
+        const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+        const __m256i index = _mm256_or_si256(_mm256_and_si256(shifted, _mm256_set1_epi8(3)),
+                                              _mm256_and_si256(set, _mm256_set1_epi8(4)));
+        const __m256i entries =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+        const __m256i at = _mm256_add_epi8(index, index);
+        const __m256i low = _mm256_shuffle_epi8(entries, at);
+        const __m256i upper = _mm256_shuffle_epi8(entries, _mm256_or_si256(at, _mm256_set1_epi8(1)));
+        values[0] = _mm256_unpacklo_epi8(low, upper);
+        values[1] = _mm256_unpackhi_epi8(low, upper);
+    }
     static ALWAYS_INLINE Shorts shorts(const int16_t* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     }

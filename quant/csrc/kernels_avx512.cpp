@@ -143,6 +143,21 @@ struct V {
         values[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
     }
     static int nibble_at(int step, int lane) { return 4 * lane + step; }
+    static constexpr bool kLooksUpNf3 = true;
+    // lane i takes code i of the half: word i % 8 shifted to pair i / 8, and bit i of the mask of high bits
+    static ALWAYS_INLINE void lookup_nf3(const uint8_t* unit, int half, const int16_t* table, Shorts* values) {
+        const __m512i shifts = _mm512_add_epi16(
+            _mm512_set1_epi16(static_cast<short>(8 * half)),
+            _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(_mm_set1_epi16(2), _mm_setzero_si128())),
+                               _mm256_set_m128i(_mm_set1_epi16(6), _mm_set1_epi16(4)), 1));
+        const __m512i pairs = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(unit)));
+        __mmask32 high;
+        std::memcpy(&high, unit + 16 + 4 * half, 4);
+        const __m512i low = _mm512_and_si512(_mm512_srlv_epi16(pairs, shifts), _mm512_set1_epi16(3));
+        const __m512i index = _mm512_mask_add_epi16(low, high, low, _mm512_set1_epi16(4));
+        values[0] = _mm512_permutexvar_epi16(
+            index, _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))));
+    }
     static ALWAYS_INLINE Shorts shorts(const int16_t* p) { return _mm512_loadu_si512(p); }
     static ALWAYS_INLINE Shorts widen_int8(const uint8_t* p) {
         return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -117,6 +117,7 @@ struct V {
         }
     }
     static int nibble_at(int step, int lane) { return 2 * (step % 2 * 8 + lane) + step / 2; }
+    static constexpr bool kLooksUpNf3 = false;
     static ALWAYS_INLINE Shorts shorts(const int16_t* p) { return vld1q_s16(p); }
     static ALWAYS_INLINE Shorts widen_int8(const uint8_t* p) {
         return vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(p)));

@@ -143,6 +143,7 @@ struct V {
         }
     }
     static int nibble_at(int step, int lane) { return 4 * lane + step; }
+    static constexpr bool kLooksUpNf3 = false;
     static ALWAYS_INLINE Shorts shorts(const int16_t* p) {
         Shorts result;
         std::memcpy(result.lane, p, sizeof(result.lane));

@@ -52,17 +52,20 @@ ALWAYS_INLINE int64_t prefetch_distance(const PackedWeight& weight) {
 #include "linear_raw.inl"
 
 inline int64_t prepared_bytes(const PackedWeight& weight, int32_t x_dtype) {
+    if (weight.code == CODE_NF3) return nf3_prepared_bytes(weight, x_dtype);
     const int64_t bytes = uses_integers(weight, x_dtype) ? integer_input(weight).num_bytes : float_cols(weight) * 4;
     return ceil_div(bytes, 64) * 64;
 }
 
 inline void prepare(const PackedWeight& weight, const Matrix& x, int64_t token, void* prepared) {
+    if (weight.code == CODE_NF3) return prepare_nf3(weight, x, token, prepared);
     if (uses_integers(weight, x.dtype)) return prepare_integers(weight, x, token, prepared);
     prepare_floats(weight, x, token, prepared);
 }
 
 inline void linear_rows(const PackedWeight& weight, const PreparedInput& x, int64_t row_begin, int64_t row_end,
                         const Matrix& out) {
+    if (weight.code == CODE_NF3) return linear_nf3_rows(weight, x, row_begin, row_end, out);
     if (uses_integers(weight, x.x_dtype)) return linear_rows_integers(weight, x, row_begin, row_end, out);
     if (is_raw(weight)) return linear_rows_raw(weight, x, row_begin, row_end, out);
     linear_rows_floats(weight, x, row_begin, row_end, out);

@@ -244,6 +244,7 @@ inline int quantize_rows(const PackedWeight& weight, const Matrix& source, int64
         case CODE_E2M1: return quantize_grouped_rows<Mxfp4Quantizer>(weight, source, row_begin, row_end);
         case CODE_INT8: return quantize_grouped_rows<Int8Quantizer>(weight, source, row_begin, row_end);
         case CODE_E4M3: return quantize_fp8_rows(weight, source, row_begin, row_end);
+        case CODE_NF3: return quantize_nf3_rows(weight, source, row_begin, row_end);
         default: break;
     }
     if (weight.scale_type == SCALE_F16) return quantize_grouped_rows<Nf4Quantizer>(weight, source, row_begin, row_end);
