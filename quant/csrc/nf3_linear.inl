@@ -1,0 +1,111 @@
+// Few-row products of nf3, for activations in fp32 or as 16-bit integers (see linear_integers.inl).
+
+inline bool nf3_uses_integers(int32_t x_dtype) { return x_dtype != DTYPE_F32; }
+
+// A token's activations, zeros up to whole units; integers are followed by what one step of each unit's stands for.
+inline int64_t nf3_prepared_bytes(const PackedWeight& weight, int32_t x_dtype) {
+    const int64_t units = nf3_units(weight);
+    const int64_t bytes = nf3_uses_integers(x_dtype) ? units * (kNf3Unit * 2 + 4) : units * kNf3Unit * 4;
+    return ceil_div(bytes, 64) * 64;
+}
+
+inline void prepare_nf3(const PackedWeight& weight, const Matrix& x, int64_t token, void* prepared) {
+    const int64_t units = nf3_units(weight), start = token * x.stride;
+    float* const floats = static_cast<float*>(prepared);
+    int16_t* const integers = static_cast<int16_t*>(prepared);
+    float* const steps = reinterpret_cast<float*>(integers + units * kNf3Unit);
+    for (int64_t u = 0; u < units; u++) {
+        float values[kNf3Unit];
+        const int64_t col = u * kNf3Unit, count = weight.cols - col < kNf3Unit ? weight.cols - col : kNf3Unit;
+        if (count == kNf3Unit && x.dtype != DTYPE_F32) {
+            const uint16_t* const half = static_cast<const uint16_t*>(x.data) + start + col;
+            for (int i = 0; i < kNf3Unit; i += V::kLanes) {
+                V::store(values + i, x.dtype == DTYPE_BF16 ? V::bf16(half + i) : V::f16(half + i));
+            }
+        } else {
+            for (int i = 0; i < kNf3Unit; i++) {
+                values[i] = i < count ? load_as_float(x.data, x.dtype, start + col + i) : 0.0f;
+            }
+        }
+        if (nf3_uses_integers(x.dtype)) {
+            steps[u] = integers_of(values, kNf3Unit, integers + col);
+        } else {
+            std::memcpy(floats + col, values, sizeof(values));
+        }
+    }
+}
+
+template <int kTokens>
+ALWAYS_INLINE void add_nf3_integers(const PackedWeight& weight, const uint8_t* codes, const int16_t* const* inputs,
+                                    V::Floats* total) {
+    const int64_t units = nf3_units(weight);
+    const uint8_t* const tables = codes + units * kNf3UnitBytes;
+    // a lane of eight or more sums eight products of 15 and 13 bits at most in 32 bits; of fewer, one half at a time
+    constexpr int kSums = V::kLanes >= 8 ? 1 : 2;
+    for (int64_t u = 0; u < units; u++) {
+        const uint8_t* const unit = codes + u * kNf3UnitBytes;
+        V::prefetch(unit + kPrefetchBytes);
+        V::Shorts values[2][kNf3Shorts];
+        for (int half = 0; half < 2; half++) nf3_shorts(unit, half, nf3_table(tables, u, half), values[half]);
+        for (int t = 0; t < kTokens; t++) {
+            V::Ints sums[kSums];
+            for (int i = 0; i < 2 * kNf3Shorts; i++) {
+                const V::Shorts value = values[i / kNf3Shorts][i % kNf3Shorts];
+                const V::Shorts input = V::shorts(inputs[t] + u * kNf3Unit + i * 2 * V::kLanes);
+                V::Ints& sum = sums[i * kSums / (2 * kNf3Shorts)];
+                sum = i % (2 * kNf3Shorts / kSums) == 0 ? V::dot(value, input) : V::dot(sum, value, input);
+            }
+            const float step = reinterpret_cast<const float*>(inputs[t] + units * kNf3Unit)[u];
+            for (int i = 0; i < kSums; i++) total[t] = V::fma(V::to_floats(sums[i]), V::set1(step), total[t]);
+        }
+    }
+}
+
+template <int kTokens>
+ALWAYS_INLINE void add_nf3_floats(const PackedWeight& weight, const uint8_t* codes, const float* const* inputs,
+                                  V::Floats* total) {
+    const int64_t units = nf3_units(weight);
+    const uint8_t* const tables = codes + units * kNf3UnitBytes;
+    for (int64_t g = 0; g < 2 * units; g++) {
+        float values[kNf3Group];
+        const int half = static_cast<int>(g % 2);
+        nf3_floats(codes + g / 2 * kNf3UnitBytes, half, nf3_table(tables, g / 2, half), values);
+        for (int t = 0; t < kTokens; t++) {
+            for (int i = 0; i < kNf3Group; i += V::kLanes) {
+                total[t] = V::fma(V::load(values + i), V::load(inputs[t] + g * kNf3Group + i), total[t]);
+            }
+        }
+    }
+}
+
+template <int kTokens>
+void multiply_nf3(const PackedWeight& weight, const PreparedInput& x, int64_t row, int64_t token, const Matrix& out) {
+    const uint8_t* const codes = weight.codes + row * weight.row_bytes;
+    const int16_t* integers[kTokens];
+    const float* floats[kTokens];
+    V::Floats total[kTokens];
+    for (int t = 0; t < kTokens; t++) {
+        const uint8_t* const data = x.data + (token + t) * x.stride_bytes;
+        integers[t] = reinterpret_cast<const int16_t*>(data);
+        floats[t] = reinterpret_cast<const float*>(data);
+        total[t] = V::zero();
+    }
+    if (nf3_uses_integers(x.x_dtype)) {
+        add_nf3_integers<kTokens>(weight, codes, integers, total);
+    } else {
+        add_nf3_floats<kTokens>(weight, codes, floats, total);
+    }
+    const float scale = weight.cols > 0 ? scale_at(weight, row) * kNf3Factor : 0.0f;
+    for (int t = 0; t < kTokens; t++) {
+        store_from_float(out.data, out.dtype, (token + t) * out.stride + row, V::sum(total[t]) * scale);
+    }
+}
+
+inline void linear_nf3_rows(const PackedWeight& weight, const PreparedInput& x, int64_t row_begin, int64_t row_end,
+                            const Matrix& out) {
+    for (int64_t row = row_begin; row < row_end; row++) {
+        int64_t token = 0;
+        for (; token + 4 <= x.num_tokens; token += 4) multiply_nf3<4>(weight, x, row, token, out);
+        for (; token < x.num_tokens; token++) multiply_nf3<1>(weight, x, row, token, out);
+    }
+}
