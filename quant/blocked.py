@@ -15,9 +15,7 @@ from moe_offload.quant.tiles import row_tiles
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Up to so many rows of x, a product straight from codes beats dequantising first; fp32 has no matrix units to lose.
-_FEW_ROWS = {torch.bfloat16: 16, torch.float16: 64, torch.float32: 64}
-# The same where kernels multiply many rows themselves.
-FEWER_ROWS = 8
+FEW_ROWS = {torch.bfloat16: 24, torch.float16: 64, torch.float32: 64}
 # Plain torch holds several intermediates for each weight of a tile.
 _REFERENCE_TILE_WEIGHTS = 1 << 18
 
@@ -102,10 +100,10 @@ class BlockedFormat(ABC):
             raise FormatError(f"x must be [T, {shape[1]}] for a {list(shape)} weight, got {list(x.shape)}")
         out = torch.empty(x.shape[0], shape[0], dtype=out_dtype or x.dtype, device=x.device)
         built = kernels.usable(x, packed) and x.dtype in _WEIGHT_DTYPES and out.dtype in _WEIGHT_DTYPES
-        if built and x.shape[0] > FEWER_ROWS and x.dtype == torch.bfloat16 and kernels.multiplies_many(x):
-            kernels.linear_many(x, packed, layout, self.code, out)
-        elif built and x.shape[0] <= _FEW_ROWS[x.dtype]:
+        if built and x.shape[0] <= FEW_ROWS[x.dtype]:
             kernels.linear(x, packed, layout, self.code, out)
+        elif built and x.dtype == torch.bfloat16 and kernels.multiplies_many(x):
+            kernels.linear_many(x, packed, layout, self.code, out)
         elif built:
             self._linear_by_tiles(x, packed, layout, out)
         else:

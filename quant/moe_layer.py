@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_offload.quant import kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.base import Format
-from moe_offload.quant.blocked import FEWER_ROWS, BlockedFormat
+from moe_offload.quant.blocked import FEW_ROWS, BlockedFormat
 from moe_offload.quant.raw import RawFormat
 
 PackedPart = tuple[Format, tuple[int, ...], Tensor]
@@ -32,7 +32,7 @@ class _ExpertMlp(ctypes.Structure):
 class PackedMlp:
     """One expert's MLP, described once for all steps that find it in its slot; holds on to the memory."""
 
-    __slots__ = ("_struct", "_tensors", "address", "is_coded")
+    __slots__ = ("_fits_bf16", "_struct", "_tensors", "address")
 
     def __init__(
         self,
@@ -52,20 +52,22 @@ class PackedMlp:
             0 if bias is None else kernels.DTYPES[bias.dtype],
         )
         self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
+        # fp16 has more digits than bf16; what has codes is rounded to bf16 wherever many rows are multiplied
+        self._fits_bf16 = all(part_format.spec != "fp16" for part_format, _, _ in (*up, down))
         self.address = ctypes.addressof(self._struct)
-        self.is_coded = all(isinstance(weight_format, BlockedFormat) for weight_format, _, _ in (*up, down))
 
     def compute_rows(self, activation: Activation, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor) -> None:
-        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``, if `takes_rows` and `is_coded`.
+        """Rows ``out_rows`` of ``out [.., H]`` from rows ``x_rows`` of ``x [.., H]``, where `takes_rows`.
 
         The lists of rows are int64 ``[n]``; activations between the products are rounded to bf16, as are weights.
         """
         kernels.expert_many(activation.struct, self.address, x, x_rows.contiguous(), out, out_rows.contiguous())
 
-    @staticmethod
-    def takes_rows(x: Tensor, num_rows: int) -> bool:
+    def takes_rows(self, x: Tensor, num_rows: int) -> bool:
         """Whether so many rows of ``x`` had better be computed by `compute_rows`."""
-        return num_rows > FEWER_ROWS and x.dtype == torch.bfloat16 and x.stride(1) == 1 and kernels.multiplies_many(x)
+        if x.dtype != torch.bfloat16 or x.stride(1) != 1 or not self._fits_bf16:
+            return False
+        return num_rows > FEW_ROWS[x.dtype] and kernels.multiplies_many(x)
 
     @staticmethod
     def supported(

@@ -7,9 +7,9 @@ from moe_offload.quant import get_format, kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.moe_layer import PackedMlp
 
-SPECS = ("nf4", "mxfp4", "int8", "fp8-48x40")
-# around what is computed at once: 16 and 64 rows of x, 256 of them a pass, 48 rows of the weight, its 128 columns
-SHAPES = ((1, 1), (7, 640), (48, 128), (97, 513), (200, 260))
+SPECS = ("nf4", "nf3", "mxfp4", "int8", "fp8-48x40")
+# around what is computed at once: 16 and 64 rows of x, 256 of them a pass, 96 rows and 128 columns of the weight
+SHAPES = ((1, 1), (7, 640), (96, 128), (97, 513), (200, 260))
 ROWS = (1, 15, 17, 64, 65, 112, 257)
 
 pytestmark = pytest.mark.skipif(
@@ -122,6 +122,7 @@ class Expert:
         ("nf4", Activation("sigmoid"), False, 1),
         ("int4", Activation("sigmoid"), True, 2),
         ("nf4", Activation("gelu_tanh"), True, 1),
+        ("bf16", Activation("sigmoid"), True, 2),
         ("mxfp4", Activation("sigmoid", "interleaved", 1.702, gate_limit=1.0, up_limit=1.0, up_shift=1.0), True, 1),
         ("int8", Activation("relu", "none"), True, 1),
         ("fp8", Activation("gelu", "none"), False, 1),
@@ -152,3 +153,10 @@ def test_an_experts_rows_do_not_depend_on_one_another():
         out = torch.empty_like(expected)
         expert.mlp.compute_rows(expert.activation, x, some, out, some)
         assert torch.equal(out[some], expected[some])
+
+
+def test_experts_in_fp16_are_not_rounded_to_bf16():
+    expert = Expert("fp16", Activation("sigmoid"), has_bias=False, num_pieces=1)
+    assert not expert.mlp.takes_rows(torch.zeros(400, expert.hidden, dtype=torch.bfloat16), 400)
+    expert = Expert("bf16", Activation("sigmoid"), has_bias=False, num_pieces=1)
+    assert expert.mlp.takes_rows(torch.zeros(400, expert.hidden, dtype=torch.bfloat16), 400)

@@ -12,7 +12,7 @@ from torch import nn
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
-from moe_offload.quant.moe_layer import MoeStep, PackedMlp
+from moe_offload.quant.moe_layer import MoeStep
 
 ExpertFn = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
 """One expert's MLP: its weights and rows ``[rows, in]`` to ``[rows, out]``."""
@@ -221,11 +221,10 @@ class ExpertLayer:
 
         def compute(expert_idx: int, weights: ExpertWeights) -> None:
             pairs = pairs_of[expert_idx]
-            if parts is not None and PackedMlp.takes_rows(hidden_states, len(pairs)):
-                mlp = weights.packed_mlp(parts)
-                if mlp is not None and mlp.is_coded:
-                    mlp.compute_rows(parts.activation, hidden_states, pairs // top_k, room(hidden_states), pairs)
-                    return
+            mlp = None if parts is None else weights.packed_mlp(parts)
+            if parts is not None and mlp is not None and mlp.takes_rows(hidden_states, len(pairs)):
+                mlp.compute_rows(parts.activation, hidden_states, pairs // top_k, room(hidden_states), pairs)
+                return
             result = expert_fn(weights, hidden_states[pairs // top_k])
             room(result)[pairs] = result
 

@@ -45,13 +45,17 @@ template <int kInterleave, class W>
 void dequantize_four_bit_words(const PackedWeight& weight, const Region& region, const Matrix& out) {
     const typename W::Table table = W::table(kValues[weight.code]);
     const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
+    const int64_t first_block = region.col_begin / weight.block_cols;
+    const int64_t first_end = (first_block + 1) * weight.block_cols;
     for (int64_t row = region.row_begin; row < region.row_end; row++) {
         const uint8_t* codes = weight.codes + row * weight.row_bytes + region.col_begin / 2;
         uint16_t* to = static_cast<uint16_t*>(out.data) + (row - region.row_begin) * out.stride;
+        int64_t scale_index = row * scale_cols + first_block;
+        int64_t block_end = first_end;
         for (int64_t begin = region.col_begin, end; begin < region.col_end; begin = end) {
-            const int64_t block = begin / weight.block_cols;
-            end = (block + 1) * weight.block_cols < region.col_end ? (block + 1) * weight.block_cols : region.col_end;
-            const typename W::Floats scale = spread_scale<W>(weight, row * scale_cols + block);
+            end = block_end < region.col_end ? block_end : region.col_end;
+            block_end += weight.block_cols;
+            const typename W::Floats scale = spread_scale<W>(weight, scale_index++);
             for (int64_t col = begin; col < end; col += kInterleave) {
                 dequantize_words<kInterleave / 2, W>(codes, table, scale, to);
                 codes += kInterleave / 2;
@@ -99,26 +103,46 @@ struct E4m3Codes {
 };
 
 template <class Codes>
+ALWAYS_INLINE V::Floats eight_bit_lanes(const uint8_t* codes, V::Floats scale) {
+    const V::Floats values = Codes::load(codes);
+    if constexpr (Codes::kFactor == 1.0f) return V::mul(values, scale);
+    return V::mul(V::mul(values, V::set1(Codes::kFactor)), scale);
+}
+
+template <class Codes, class W>
 void dequantize_eight_bit(const PackedWeight& weight, const Region& region, const Matrix& out) {
     const int64_t scale_cols = ceil_div(weight.cols, weight.block_cols);
-    const V::Floats factor = V::set1(Codes::kFactor);
+    const int64_t first_block = region.col_begin / weight.block_cols;
+    const int64_t first_end = (first_block + 1) * weight.block_cols;
     for (int64_t row = region.row_begin; row < region.row_end; row++) {
         const uint8_t* codes = weight.codes + row * weight.row_bytes;
         const int64_t start = (row - region.row_begin) * out.stride - region.col_begin;
+        int64_t scale_index = row / weight.block_rows * scale_cols + first_block - 1;
+        int64_t block_end = first_end;
         for (int64_t begin = region.col_begin, end; begin < region.col_end; begin = end) {
-            const int64_t b = begin / weight.block_cols;
-            end = (b + 1) * weight.block_cols < region.col_end ? (b + 1) * weight.block_cols : region.col_end;
-            const V::Floats scale = V::set1(scale_at(weight, row / weight.block_rows * scale_cols + b));
+            end = block_end < region.col_end ? block_end : region.col_end;
+            block_end += weight.block_cols;
+            scale_index++;
+            V::Floats scale;
             int64_t col = begin;
+            if constexpr (W::kLooksUpWords) {
+                scale = spread_scale<W>(weight, scale_index);
+                uint16_t* to = static_cast<uint16_t*>(out.data) + start;
+                for (; out.dtype == DTYPE_BF16 && col + 2 * W::kLanes <= end; col += 2 * W::kLanes) {
+                    W::store_bf16(to + col, eight_bit_lanes<Codes>(codes + col, scale),
+                                  eight_bit_lanes<Codes>(codes + col + W::kLanes, scale));
+                }
+            } else {
+                scale = V::set1(scale_at(weight, scale_index));
+            }
             for (; col + V::kLanes <= end; col += V::kLanes) {
-                const V::Floats values = V::mul(V::mul(Codes::load(codes + col), factor), scale);
-                store_lanes(out.data, out.dtype, start + col, values);
+                store_lanes(out.data, out.dtype, start + col, eight_bit_lanes<Codes>(codes + col, scale));
             }
             if (col < end) {
                 uint8_t last_codes[V::kLanes] = {};
                 float last[V::kLanes];
                 std::memcpy(last_codes, codes + col, static_cast<size_t>(end - col));
-                V::store(last, V::mul(V::mul(Codes::load(last_codes), factor), scale));
+                V::store(last, eight_bit_lanes<Codes>(last_codes, scale));
                 for (int64_t i = 0; i < end - col; i++) {
                     store_from_float(out.data, out.dtype, start + col + i, last[i]);
                 }
@@ -127,10 +151,29 @@ void dequantize_eight_bit(const PackedWeight& weight, const Region& region, cons
     }
 }
 
+// Numbers held as they are.
+inline void convert_raw(const PackedWeight& weight, const Region& region, const Matrix& out) {
+    const int32_t dtype = weight.code == CODE_BF16 ? DTYPE_BF16 : DTYPE_F16;
+    const int64_t count = region.col_end - region.col_begin;
+    for (int64_t row = region.row_begin; row < region.row_end; row++) {
+        const auto* from = reinterpret_cast<const uint16_t*>(weight.codes + row * weight.row_bytes) + region.col_begin;
+        const int64_t start = (row - region.row_begin) * out.stride;
+        if (out.dtype == dtype) {
+            std::memcpy(static_cast<uint16_t*>(out.data) + start, from, static_cast<size_t>(count) * 2);
+            continue;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            store_from_float(out.data, out.dtype, start + i, load_as_float(from, dtype, i));
+        }
+    }
+}
+
 inline void dequantize_region(const PackedWeight& weight, const Region& region, const Matrix& out) {
     switch (weight.code) {
-        case CODE_INT8: return dequantize_eight_bit<Int8Codes>(weight, region, out);
-        case CODE_E4M3: return dequantize_eight_bit<E4m3Codes>(weight, region, out);
+        case CODE_INT8: return dequantize_eight_bit<Int8Codes, V>(weight, region, out);
+        case CODE_E4M3: return dequantize_eight_bit<E4m3Codes, V>(weight, region, out);
+        case CODE_BF16:
+        case CODE_F16: return convert_raw(weight, region, out);
         case CODE_NF3: return dequantize_nf3(weight, region, out);
         default: break;
     }

@@ -10,7 +10,7 @@
 // So many tokens go through the weight at a time; more would not fit beside a block of it in a core's own cache.
 constexpr int64_t kManyTokens = 256;
 // Rows of the weight that are multiplied at a time.
-constexpr int64_t kManyRows = 48;
+constexpr int64_t kManyRows = 96;
 
 // Some tokens' activations [tokens, cols] in bf16: token t is row rows[t] of x, or row t without rows.
 struct Tokens {

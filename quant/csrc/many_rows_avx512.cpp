@@ -156,8 +156,9 @@ void prefetch_bytes(const void* from, int64_t count) {
 
 // What comes after a panel of a piece: the codes of the next panel, or the next piece's scales and first codes.
 void prefetch_after(const PackedWeight& weight, int64_t row_begin, int64_t row_end, int64_t col_end) {
-    const int64_t panel_bytes = is_four_bit(weight) ? kPanelCols / 2 : kPanelCols;
-    const int64_t begin = is_four_bit(weight) ? col_end / 2 : col_end;
+    const bool is_raw = weight.code == CODE_BF16 || weight.code == CODE_F16;
+    const int64_t panel_bytes = weight.row_bytes * kPanelCols / (weight.cols > 0 ? weight.cols : 1);
+    const int64_t begin = weight.row_bytes * col_end / (weight.cols > 0 ? weight.cols : 1);
     if (col_end < weight.cols) {
         for (int64_t row = row_begin; row < row_end; row++) {
             prefetch_bytes(weight.codes + row * weight.row_bytes + begin, panel_bytes);
@@ -168,6 +169,7 @@ void prefetch_after(const PackedWeight& weight, int64_t row_begin, int64_t row_e
     for (int64_t row = row_end; row < next_end; row++) {
         prefetch_bytes(weight.codes + row * weight.row_bytes, panel_bytes);
     }
+    if (is_raw) return;
     const int64_t one_scale = weight.scale_type == SCALE_F32 ? 4 : weight.scale_type == SCALE_F16 ? 2 : 1;
     const int64_t scale_bytes = ceil_div(weight.cols, weight.block_cols) * one_scale;
     const int64_t first = row_end / weight.block_rows;

@@ -7,7 +7,7 @@
 
 enum Code : int32_t { CODE_NF4 = 0, CODE_INT4 = 1, CODE_E2M1 = 2, CODE_FP4 = 3, CODE_INT8 = 4, CODE_E4M3 = 5,
                       CODE_NF3 = 6 };
-// Numbers themselves, without scales, whose blocks are 1 x 64: products of few rows alone take them.
+// Numbers themselves, without scales, whose blocks are 1 x 64: products take them, and nothing quantises to them.
 enum RawCode : int32_t { CODE_BF16 = 16, CODE_F16 = 17 };
 enum ScaleType : int32_t { SCALE_F16 = 0, SCALE_F32 = 1, SCALE_E8M0 = 2 };
 enum DType : int32_t { DTYPE_F32 = 0, DTYPE_BF16 = 1, DTYPE_F16 = 2 };
