@@ -32,7 +32,7 @@ class _ExpertMlp(ctypes.Structure):
 class PackedMlp:
     """One expert's MLP, described once for all steps that find it in its slot; holds on to the memory."""
 
-    __slots__ = ("_fits_bf16", "_struct", "_tensors", "address")
+    __slots__ = ("_struct", "_takes_many", "_tensors", "address")
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class PackedMlp:
             0 if bias is None else kernels.DTYPES[bias.dtype],
         )
         self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
-        # fp16 has more digits than bf16; what has codes is rounded to bf16 wherever many rows are multiplied
-        self._fits_bf16 = all(part_format.spec != "fp16" for part_format, _, _ in (*up, down))
+        # torch takes weights that are held as they are without a detour
+        self._takes_many = all(isinstance(f, BlockedFormat) and f.multiplies_many for f, _, _ in (*up, down))
         self.address = ctypes.addressof(self._struct)
 
     def compute_rows(self, activation: Activation, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor) -> None:
@@ -65,7 +65,7 @@ class PackedMlp:
 
     def takes_rows(self, x: Tensor, num_rows: int) -> bool:
         """Whether so many rows of ``x`` had better be computed by `compute_rows`."""
-        if x.dtype != torch.bfloat16 or x.stride(1) != 1 or not self._fits_bf16:
+        if x.dtype != torch.bfloat16 or x.stride(1) != 1 or not self._takes_many:
             return False
         return num_rows > FEW_ROWS[x.dtype] and kernels.multiplies_many(x)
 

@@ -155,8 +155,10 @@ def test_an_experts_rows_do_not_depend_on_one_another():
         assert torch.equal(out[some], expected[some])
 
 
-def test_experts_in_fp16_are_not_rounded_to_bf16():
-    expert = Expert("fp16", Activation("sigmoid"), has_bias=False, num_pieces=1)
-    assert not expert.mlp.takes_rows(torch.zeros(400, expert.hidden, dtype=torch.bfloat16), 400)
-    expert = Expert("bf16", Activation("sigmoid"), has_bias=False, num_pieces=1)
-    assert expert.mlp.takes_rows(torch.zeros(400, expert.hidden, dtype=torch.bfloat16), 400)
+@pytest.mark.parametrize(("spec", "takes"), [("nf4", True), ("nf3", True), ("int8", False), ("bf16", False)])
+def test_which_experts_take_their_rows_at_once(spec, takes):
+    expert = Expert(spec, Activation("sigmoid"), has_bias=False, num_pieces=1)
+    x = torch.zeros(400, expert.hidden, dtype=torch.bfloat16)
+    assert expert.mlp.takes_rows(x, 400) is takes
+    assert not expert.mlp.takes_rows(x, 2)
+    assert not expert.mlp.takes_rows(x.float(), 400)
