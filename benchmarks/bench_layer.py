@@ -30,7 +30,7 @@ SHAPES = {
     "gpt-oss-20b": (2880, 2880, 4, Activation("sigmoid", "interleaved", 1.702, 7.0, up_limit=7.0, up_shift=1.0)),
 }
 TINY = {"top-2": (64, 64, 2, SWIGLU), "top-8": (64, 64, 8, SWIGLU)}
-FORMATS = ("nf4", "int4", "int8", "mxfp4", "bf16")
+FORMATS = ("nf4", "int4", "nf3", "int8", "mxfp4", "bf16")
 SLOTS_BYTES = 768 << 20
 ROUNDS = 5
 

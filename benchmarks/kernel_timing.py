@@ -12,7 +12,7 @@ from moe_offload.quant import backend_name, kernels
 
 SHAPES = ((14336, 4096), (2048, 768))
 _PIECE_BYTES = 8 << 20
-FORMATS = ("nf4", "int4", "mxfp4", "int8", "fp8", "bf16")
+FORMATS = ("nf4", "int4", "mxfp4", "nf3", "int8", "fp8", "bf16")
 
 
 def machine() -> str:

@@ -19,8 +19,8 @@ from moe_offload.quant.layout import PackedLayout
 _ABI = 4
 _ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
 _TORCH = "torch"
-_ISA_NAMES = ("portable", "avx2", "avx512", "neon")  # indices are the library's
-_PREFERENCE = ("avx512", "avx2", "neon", "portable")
+_ISA_NAMES = ("portable", "avx2", "avx512", "neon", "avx512-base")  # indices are the library's
+_PREFERENCE = ("avx512", "avx512-base", "avx2", "neon", "portable")
 
 # The numbers that packed.h gives them.
 CODES = {"nf4": 0, "int4": 1, "e2m1": 2, "fp4": 3, "int8": 4, "e4m3": 5, "nf3": 6}
@@ -133,7 +133,7 @@ def forced(name: str | None) -> Iterator[None]:
 
 
 def backend_name() -> str:
-    """What computes with packed weights on the CPU: "cpu-avx512", "cpu-avx2", "cpu-neon", "cpu-portable" or "torch"."""
+    """What computes with packed weights on the CPU: "cpu-avx512", "cpu-avx2", ..., or "torch"."""
     name = _chosen()
     return name if name == _TORCH else f"cpu-{name}"
 

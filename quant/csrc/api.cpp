@@ -15,7 +15,8 @@ constexpr int64_t kPieceWeights = 1 << 16;
 constexpr int64_t kTokensAtOnce = 16;
 
 const KernelSet* const* kernel_sets() {
-    static const KernelSet* const sets[] = {portable_kernels(), avx2_kernels(), avx512_kernels(), neon_kernels()};
+    static const KernelSet* const sets[] = {portable_kernels(), avx2_kernels(), avx512_kernels(), neon_kernels(),
+                                            avx512_base_kernels() != avx512_kernels() ? avx512_base_kernels() : nullptr};
     return sets;
 }
 
@@ -31,9 +32,10 @@ const KernelSet& kernel_set_of(int isa) { return *kernel_sets()[isa]; }
 // Changes whenever a signature or struct here does: a stale build is refused instead of called.
 EXPORT int moe_offload_abi() { return 4; }
 
-// The name of instruction set `isa` (0 portable, 1 avx2, 2 avx512, 3 neon), or null if it cannot run here.
+// The name of instruction set `isa` (0 portable, 1 avx2, 2 avx512, 3 neon, 4 avx512-base), or null if it cannot
+// run here or, as the last may be, is the same as another.
 EXPORT const char* moe_offload_isa(int isa) {
-    if (isa < 0 || isa > 3 || kernel_sets()[isa] == nullptr) return nullptr;
+    if (isa < 0 || isa > 4 || kernel_sets()[isa] == nullptr) return nullptr;
     return kernel_sets()[isa]->name;
 }
 

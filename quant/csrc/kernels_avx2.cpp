@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "nf3.h"
 #include "packed.h"
 #include "scalar.h"
 #include "step.h"

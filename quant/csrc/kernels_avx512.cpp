@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "nf3.h"
 #include "packed.h"
 #include "scalar.h"
 #include "step.h"
@@ -205,14 +206,14 @@ struct V {
 #pragma GCC pop_options
 #endif
 
-const KernelSet* avx512_kernels() {
+const KernelSet* avx512_base_kernels() {
     static const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return runs ? &kernel_set("avx512") : nullptr;
+    return runs ? &kernel_set("avx512-base") : nullptr;
 }
 
 #else
 
-const KernelSet* avx512_kernels() { return nullptr; }
+const KernelSet* avx512_base_kernels() { return nullptr; }
 
 #endif

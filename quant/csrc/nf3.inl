@@ -1,10 +1,5 @@
 // The three-bit format nf3, but for its products: see quant/three_bit.py for the bytes.
 
-constexpr int kNf3Group = 32, kNf3Unit = 64, kNf3UnitBytes = 24, kNf3Tables = 16;
-constexpr float kNf3Factor = 1.0f / 128;
-
-inline int64_t nf3_units(const PackedWeight& weight) { return ceil_div(weight.cols, kNf3Unit); }
-
 // The number of the table of a half of a unit.
 ALWAYS_INLINE int nf3_table(const uint8_t* tables, int64_t unit, int half) { return tables[unit] >> (4 * half) & 15; }
 

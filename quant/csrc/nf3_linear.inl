@@ -1,7 +1,5 @@
 // Few-row products of nf3, for activations in fp32 or as 16-bit integers (see linear_integers.inl).
 
-inline bool nf3_uses_integers(int32_t x_dtype) { return x_dtype != DTYPE_F32; }
-
 // A token's activations, zeros up to whole units; integers are followed by what one step of each unit's stands for.
 inline int64_t nf3_prepared_bytes(const PackedWeight& weight, int32_t x_dtype) {
     const int64_t units = nf3_units(weight);

@@ -76,5 +76,7 @@ const KernelSet& kernel_set_of(int isa);
 // Null where the machine or the build lacks the instructions.
 const KernelSet* portable_kernels();
 const KernelSet* avx2_kernels();
+const KernelSet* avx512_base_kernels();
+// With what more of AVX-512 this machine has for nf3; the base set where that is nothing.
 const KernelSet* avx512_kernels();
 const KernelSet* neon_kernels();
