@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moe_offload.cli import choices
-from moe_offload.cli.param_types import PrefetchType, SharesType, SizeType
+from moe_offload.cli.param_types import FormatType, PrefetchType, SharesType, SizeType
 
 
 @click.command()
@@ -21,7 +21,7 @@ from moe_offload.cli.param_types import PrefetchType, SharesType, SizeType
 @click.option("--vocab", type=click.IntRange(min=64), help="Tokens of its vocabulary.")
 @click.option(
     "--format",
-    type=click.Choice(choices.FORMATS[1:]),
+    type=FormatType(choices.FORMATS[1:]),
     help="How its experts are held.  [default: as the model is published if quantised, else nf4]",
 )
 @click.option(

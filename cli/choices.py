@@ -1,7 +1,7 @@
 """What the options offer, for the help pages: kept here because the registries behind some of them import torch."""
 
 DENSE_FORMATS = ("source", "bf16", "int8", "nf4", "int4", "mxfp4", "nf3", "fp8")
-FORMATS = ("auto", *DENSE_FORMATS)
+FORMATS = ("auto", *DENSE_FORMATS, "mixed:BITS")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 VERIFY = ("first", "always", "off")
 

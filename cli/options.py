@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from moe_offload.cli import choices
-from moe_offload.cli.param_types import DeviceType, ModelType, PrefetchType, SizeType, TextType
+from moe_offload.cli.param_types import DeviceType, FormatType, ModelType, PrefetchType, SizeType, TextType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -89,10 +89,10 @@ _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
 _FORMAT_OPTIONS: list[Callable[[Any], Any]] = [
     click.option(
         "--format",
-        type=click.Choice(choices.FORMATS),
+        type=FormatType(choices.FORMATS),
         default="auto",
         help="How experts are held; source: the checkpoint's own numbers; "
-        "auto: those if they are quantised already, else nf4.",
+        "auto: those if they are quantised already, else nf4; mixed:3.5: nf3, nf4 and int8, 3.5 bits on average.",
     ),
     click.option(
         "--dense-format",

@@ -28,6 +28,21 @@ class TextType(click.ParamType):  # type: ignore[type-arg]
         return mended(value)
 
 
+class FormatType(click.Choice):  # type: ignore[type-arg]
+    """A format of experts: one of the names, or mixed:3.5."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.startswith("mixed:"):
+            name: str = super().convert(value, param, ctx)
+            return name
+        from moe_offload.offload.pack.mixed import canonical
+
+        try:
+            return canonical(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
 class SizeType(click.ParamType):  # type: ignore[type-arg]
     """An amount of memory: 6GiB, 80%, auto."""
 

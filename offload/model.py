@@ -128,11 +128,11 @@ class OffloadedModel:
         """Load ``model``: a pack, a checkpoint folder or a hub id (both packed first, once, into ``pack_dir``).
 
         ``vram`` and ``ram`` bound what is allocated there: bytes, "6GiB", "80%" or "auto" (what is free, less a
-        margin). ``format`` and ``dense_format`` say how a checkpoint is packed; a pack has its own. ``prefetch`` is
-        "off", "auto" or the number of layers to look ahead; it never changes the result, and neither do budgets and
-        policies. ``warm_start``: keep in a small file beside the pack which experts were hot when the model was
-        closed, and read those first, in the background. ``verify``: check an expert's checksum on its "first" read,
-        "always" or "off".
+        margin). ``format`` (also ``mixed:3.5``) and ``dense_format`` say how a checkpoint is packed; a pack has its
+        own. ``prefetch`` is "off", "auto" or the number of layers to look ahead; it never changes the result, and
+        neither do budgets and policies. ``warm_start``: keep in a small file beside the pack which experts were hot
+        when the model was closed, and read those first, in the background. ``verify``: check an expert's checksum on
+        its "first" read, "always" or "off".
 
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.

@@ -14,7 +14,9 @@ def checkpoint(tmp_path):
     return save_random_model(make_config("mixtral", hidden_size=64, intermediate_size=64), tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize("formats", [{"format": "nf4"}, {"format": "source"}, {"dense_format": "int8"}])
+@pytest.mark.parametrize(
+    "formats", [{"format": "nf4"}, {"format": "mixed:4"}, {"format": "source"}, {"dense_format": "int8"}]
+)
 def test_too_small_a_budget_is_refused_before_packing(checkpoint, tmp_path, formats):
     options = {"device": "cpu", "pack_dir": tmp_path / "pack", "context_tokens": 64, "dtype": "float32"} | formats
     with pytest.raises(BudgetError) as foreseen:

@@ -49,10 +49,11 @@ def test_the_table_and_the_commands_agree(name):
 
 
 def test_the_formats_offered_are_those_there_are():
+    from moe_offload.offload.pack.mixed import MIXED
     from moe_offload.quant import format_names
 
     assert set(choices.DENSE_FORMATS) == {"source", *format_names()}
-    assert set(choices.FORMATS) == {"auto", *choices.DENSE_FORMATS}
+    assert set(choices.FORMATS) == {"auto", *choices.DENSE_FORMATS, MIXED}
 
 
 def test_the_defaults_in_the_help_are_those_of_from_pretrained():

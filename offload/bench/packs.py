@@ -68,7 +68,7 @@ class Shape:
             if number is not None
         ]
         dense = [] if self.dense_format == _SOURCE else [f"dense-{self.dense_format}"]
-        return "-".join([stem or "model", *numbers, self.expert_format, *dense])
+        return "-".join([stem or "model", *numbers, self.expert_format.replace(":", "-"), *dense])
 
 
 def synthetic_pack(

@@ -9,6 +9,7 @@ import torch
 from moe_offload.offload.checkpoint.conversion import ConversionPlan
 from moe_offload.offload.dense_linears import dense_linear_format
 from moe_offload.offload.pack.manifest import LayerLayout
+from moe_offload.offload.pack.mixed import weight_formats
 from moe_offload.quant import get_format
 
 _RAW_FORMATS = {torch.float32: "fp32", torch.float16: "fp16"}
@@ -45,10 +46,11 @@ def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, so
     model = plan.skeleton.model
     raw = _RAW_FORMATS.get(model.dtype, "bf16")
     layers = []
-    for container in plan.containers:
+    for container, formats in zip(plan.containers, weight_formats(plan.containers, expert_format), strict=True):
         parts = []
         for param in container.params:
-            spec = raw if expert_format == source_format or len(param.packed_shape) == 1 else expert_format
+            spec = formats.get(param.part, source_format)
+            spec = raw if spec == source_format else spec
             parts.append((param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape)))
         layers.append(LayerLayout.of(container.name, container.num_experts, parts))
     state = model.state_dict()

@@ -4,7 +4,7 @@ Peak memory is one or two experts unquantised (fewer than `WINDOW_BYTES` if two 
 Shards are gone through in order and given up one by one, so that a checkpoint on a hub never lies here as a whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from moe_offload.offload.dense_linears import dense_linear_format
 from moe_offload.offload.experts.containers import find_expert_containers
 from moe_offload.offload.home import packs_dir
 from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, read_manifest
+from moe_offload.offload.pack.mixed import MIXED, canonical, mixed_bits, weight_formats
 from moe_offload.offload.pack.outline import PackOutline, outline_pack
 from moe_offload.offload.pack.writer import PackWriter
 from moe_offload.offload.planning.memory import give_freed_memory_back
@@ -55,30 +56,36 @@ class _PartPlan:
     exact: bool
 
 
-def _exact_pieces(plan: ConversionPlan, source: ExpertParamSource, expert_format: str) -> list[Packed] | None:
+def _exact_pieces(plan: ConversionPlan, source: ExpertParamSource, spec: str) -> list[Packed] | None:
     """A weight of the first expert as the checkpoint has it quantised, if the pack is to keep those bits."""
     if len(source.param.shape) == 1 or not plan.checkpoint.is_coded(source.first_key):
         return None
     pieces = source.read_exactly(plan.checkpoint, 0)
-    if pieces is None or (expert_format != SOURCE and {piece.format for piece in pieces} != {expert_format}):
+    if pieces is None or (spec != SOURCE and {piece.format for piece in pieces} != {spec}):
         return None
     return pieces
 
 
-def _plan_parts(plan: ConversionPlan, layer_idx: int, expert_format: str) -> tuple[list[_PartPlan], LayerLayout]:
-    """Layout of one layer's experts. Pieces of a fused parameter are parts ``name#0``, ``name#1``, stacked by rows."""
+def _plan_parts(
+    plan: ConversionPlan, layer_idx: int, formats: Mapping[str, str]
+) -> tuple[list[_PartPlan], LayerLayout]:
+    """Layout of one layer's experts, given the format of each matrix.
+
+    Pieces of a fused parameter are parts ``name#0``, ``name#1``, stacked by rows.
+    """
     described: list[tuple[ExpertParamSource, bool, list[_Part]]] = []
     for source in plan.experts[layer_idx]:
         param = source.param
-        pieces = _exact_pieces(plan, source, expert_format)
+        spec = formats.get(param.part, SOURCE)  # vectors stay as they are
+        pieces = _exact_pieces(plan, source, spec)
         if pieces is not None:
             names = [param.part] if len(pieces) == 1 else [f"{param.part}#{i}" for i in range(len(pieces))]
             parts: list[_Part] = [
                 (name, piece.shape, piece.format, piece.data.numel()) for name, piece in zip(names, pieces, strict=True)
             ]
         else:
-            is_weight = len(param.shape) > 1 and expert_format != SOURCE
-            spec = expert_format if is_weight else _raw_format(source.dtype(plan.checkpoint), param.target)
+            if spec == SOURCE:
+                spec = _raw_format(source.dtype(plan.checkpoint), param.target)
             parts = [(param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape))]
         described.append((source, pieces is not None, parts))
     container = plan.containers[layer_idx]
@@ -128,10 +135,10 @@ def _expert_bytes(plan: ConversionPlan, layer_idx: int) -> int:
 
 
 def _write_layer(
-    plan: ConversionPlan, layer_idx: int, expert_format: str, writer: PackWriter, progress: ProgressSink
+    plan: ConversionPlan, layer_idx: int, formats: Mapping[str, str], writer: PackWriter, progress: ProgressSink
 ) -> None:
     plan.checkpoint.fetch(_layer_keys(plan, layer_idx))
-    planned, layout = _plan_parts(plan, layer_idx, expert_format)
+    planned, layout = _plan_parts(plan, layer_idx, formats)
     expert_bytes = _expert_bytes(plan, layer_idx)
     ahead = 2 if 4 * expert_bytes <= WINDOW_BYTES else 1  # an expert takes about twice its size while it is converted
     with writer.layer(layer_idx, layout) as layer, ThreadPoolExecutor(ahead) as pool:
@@ -175,7 +182,11 @@ def _write_dense(
 
 
 def _pack(
-    plan: ConversionPlan, writer: PackWriter, expert_format: str, dense_format: str, progress: ProgressSink
+    plan: ConversionPlan,
+    writer: PackWriter,
+    formats: Sequence[Mapping[str, str]],
+    dense_format: str,
+    progress: ProgressSink,
 ) -> None:
     """Everything of the checkpoint, by the last shard that each part needs."""
     dense_by_shard: dict[int, list[int]] = {}
@@ -196,7 +207,7 @@ def _pack(
             if layer_idx in done_layers:
                 progress.advance(_expert_bytes(plan, layer_idx) * plan.containers[layer_idx].num_experts)
             else:
-                _write_layer(plan, layer_idx, expert_format, writer, progress)
+                _write_layer(plan, layer_idx, formats[layer_idx], writer, progress)
             plan.checkpoint.done(_layer_keys(plan, layer_idx))
 
 
@@ -206,8 +217,9 @@ def _dtype_of(config: PreTrainedConfig) -> torch.dtype:
 
 
 def _check_formats(format: str, dense_format: str) -> None:
-    if format not in (AUTO, SOURCE, *format_names()):
-        raise ConfigError(f"no format {format!r}; there are: auto, source, {', '.join(format_names())}")
+    if mixed_bits(format) is None and format not in (AUTO, SOURCE, *format_names()):
+        names = ", ".join((AUTO, SOURCE, *format_names(), MIXED))
+        raise ConfigError(f"no format {format!r}; there are: {names}")
     if dense_format not in (SOURCE, *format_names()):
         raise ConfigError(f"no dense format {dense_format!r}; there are: source, {', '.join(format_names())}")
 
@@ -262,11 +274,12 @@ def pack_model(
     give_freed_memory_back()
     source = open_source(model, revision=revision, token=token)
     # ``auto`` keeps the bits of a quantised checkpoint.
-    expert_format = format if format != AUTO else SOURCE if source.is_quantized else DEFAULT_FORMAT
+    expert_format = canonical(format) if format != AUTO else SOURCE if source.is_quantized else DEFAULT_FORMAT
     folder = output or packs_dir() / pack_name(source, expert_format, dense_format)
     if _is_finished(folder, source, expert_format, dense_format):
         return folder
     plan = plan_packing(source)
+    formats = weight_formats(plan.containers, expert_format)
     if check is not None and not (source.is_quantized and expert_format == SOURCE):
         check(outline_pack(plan, expert_format, dense_format, SOURCE))
     name = name or source.name
@@ -283,7 +296,7 @@ def pack_model(
             doing = "downloading and packing" if source.shards.download_bytes else "packing"
             progress.start(f"{doing} {name} to {expert_format}", _total_bytes(plan, source))
             source.shards.on_bytes = progress.advance
-            _pack(plan, writer, expert_format, dense_format, progress)
+            _pack(plan, writer, formats, dense_format, progress)
             for path in source.small_files():
                 writer.copy_file(path)
             writer.finish(
@@ -313,4 +326,4 @@ def pack_name(source: CheckpointSource, expert_format: str, dense_format: str) -
     """A folder name that tells the model, its state and the formats."""
     stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in source.name.strip("/")).strip("-.")
     dense = "" if dense_format == SOURCE else f"-dense-{dense_format}"
-    return f"{stem[-80:]}-{source.fingerprint[:12]}-{expert_format}{dense}"
+    return f"{stem[-80:]}-{source.fingerprint[:12]}-{expert_format.replace(':', '-')}{dense}"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from moe_offload.offload.checkpoint.transformers_loading import capture_skeleton
 from moe_offload.offload.dense_linears import SOURCE, dense_linear_format
 from moe_offload.offload.experts.containers import ExpertContainer, find_expert_containers
 from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
+from moe_offload.offload.pack.mixed import canonical, weight_formats
 from moe_offload.offload.pack.writer import PackWriter
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.quant import get_format
@@ -34,11 +35,11 @@ def _random_weight(name: str, shape: tuple[int, ...], dtype: torch.dtype, genera
     return fresh.repeat(-(-num_weights // len(fresh)))[:num_weights].view(shape)
 
 
-def _layout(container: ExpertContainer, spec: str) -> LayerLayout:
+def _layout(container: ExpertContainer, formats: Mapping[str, str]) -> LayerLayout:
     parts = []
     for param in container.params:
-        part_spec = spec if len(param.shape) > 1 else "bf16"
-        parts.append((param.part, param.packed_shape, part_spec, get_format(part_spec).nbytes(param.packed_shape)))
+        spec = formats.get(param.part, "bf16")
+        parts.append((param.part, param.packed_shape, spec, get_format(spec).nbytes(param.packed_shape)))
     return LayerLayout.of(container.name, container.num_experts, parts)
 
 
@@ -67,6 +68,7 @@ def write_synthetic_pack(
     the largest dense tensor. An interrupted pack goes on where it was.
     ``fingerprint`` is kept in the manifest.
     """
+    format = canonical(format)
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     identity = {"source": "synthetic", "config": config.to_json_string(), "format": format, "seed": str(seed)}
@@ -82,7 +84,8 @@ def write_synthetic_pack(
             config_file.unlink()
             config_file.parent.rmdir()
         containers = find_expert_containers(skeleton.model)
-        layouts = [_layout(container, format) for container in containers]
+        formats = weight_formats(containers, format)
+        layouts = [_layout(*layer) for layer in zip(containers, formats, strict=True)]
         progress.start(f"writing {config.model_type}", sum(item.num_experts * item.slot_bytes for item in layouts))
         done = writer.done_layers()
         for layer_idx, layout in enumerate(layouts):
