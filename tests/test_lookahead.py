@@ -248,7 +248,7 @@ def test_auto_gives_the_same_tokens_whatever_it_finds(pack: Path) -> None:
         assert model.stats.prefetch_issued > 0
 
 
-@pytest.mark.parametrize(("prefetch", "depth"), [("off", 0), ("auto", 1), (0, 0), (3, 3)])
+@pytest.mark.parametrize(("prefetch", "depth"), [("off", 0), ("auto", 2), (0, 0), (3, 3)])
 def test_prefetch_settings(prefetch: str | int, depth: int) -> None:
     assert parse_prefetch(prefetch) == depth
 

@@ -12,7 +12,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.layer import StepState
 from moe_offload.offload.experts.lookahead import Lookahead
 
-AUTO_DEPTH = 1
+AUTO_DEPTH = 2
 TRIAL_STEPS = 6
 TRIALS = 3
 HOLD_STEPS = 400

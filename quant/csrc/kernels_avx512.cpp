@@ -16,9 +16,15 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-#if defined(__clang__)
+#if defined(__clang__) && defined(MOE_OFFLOAD_VNNI)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), \
+                             apply_to = function)
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
                              apply_to = function)
+#elif defined(MOE_OFFLOAD_VNNI)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
@@ -165,7 +171,11 @@ struct V {
     }
     static ALWAYS_INLINE Ints dot(Shorts a, Shorts b) { return _mm512_madd_epi16(a, b); }
     static ALWAYS_INLINE Ints dot(Ints sums, Shorts a, Shorts b) {
+#if defined(MOE_OFFLOAD_VNNI)
+        return _mm512_dpwssd_epi32(sums, a, b);  // the same sums in one instruction
+#else
         return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+#endif
     }
     static ALWAYS_INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     // to[i] = from[order[i]]; two vectors of two registers each are looked at, and bit 6 picks between them
@@ -206,11 +216,25 @@ struct V {
 #pragma GCC pop_options
 #endif
 
+#define RUNS                                                                        \
+    (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&     \
+     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+
+#if defined(MOE_OFFLOAD_VNNI)
+const KernelSet* avx512_vnni_kernels() {
+    static const bool runs = RUNS && __builtin_cpu_supports("avx512vnni");
+    return runs ? &kernel_set("avx512") : nullptr;
+}
+#else
 const KernelSet* avx512_base_kernels() {
-    static const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    static const bool runs = RUNS;
     return runs ? &kernel_set("avx512-base") : nullptr;
 }
+#endif
+
+#elif defined(MOE_OFFLOAD_VNNI)
+
+const KernelSet* avx512_vnni_kernels() { return nullptr; }
 
 #else
 

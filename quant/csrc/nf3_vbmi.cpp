@@ -134,7 +134,7 @@ bool is_here(const PackedWeight& weight, int32_t x_dtype) {
 
 void linear_rows(const PackedWeight& weight, const PreparedInput& x, int64_t row_begin, int64_t row_end,
                  const Matrix& out) {
-    if (!is_here(weight, x.x_dtype)) return avx512_base_kernels()->linear_rows(weight, x, row_begin, row_end, out);
+    if (!is_here(weight, x.x_dtype)) return avx512_vnni_kernels()->linear_rows(weight, x, row_begin, row_end, out);
     static const ByteTables tables;
     const Decoder decoder(tables);
     constexpr int kRows = 2;
@@ -145,7 +145,7 @@ void linear_rows(const PackedWeight& weight, const PreparedInput& x, int64_t row
 
 // As the other kernels prepare activations, in the order in which a unit's entries are met here.
 void prepare(const PackedWeight& weight, const Matrix& x, int64_t token, void* prepared) {
-    avx512_base_kernels()->prepare(weight, x, token, prepared);
+    avx512_vnni_kernels()->prepare(weight, x, token, prepared);
     if (!is_here(weight, x.dtype)) return;
     int16_t* const integers = static_cast<int16_t*>(prepared);
     for (int64_t i = 0; i < nf3_units(weight) * kNf3Unit; i += kNf3Unit) {
@@ -158,8 +158,7 @@ void prepare(const PackedWeight& weight, const Matrix& x, int64_t token, void* p
 }
 
 KernelSet with_permutes() {
-    KernelSet kernels = *avx512_base_kernels();
-    kernels.name = "avx512";
+    KernelSet kernels = *avx512_vnni_kernels();
     kernels.prepare = prepare;
     kernels.linear_rows = linear_rows;
     return kernels;
@@ -174,10 +173,8 @@ KernelSet with_permutes() {
 #endif
 
 const KernelSet* avx512_kernels() {
-    if (avx512_base_kernels() == nullptr || !__builtin_cpu_supports("avx512vbmi") ||
-        !__builtin_cpu_supports("avx512vnni")) {
-        return avx512_base_kernels();
-    }
+    if (avx512_vnni_kernels() == nullptr) return avx512_base_kernels();
+    if (!__builtin_cpu_supports("avx512vbmi")) return avx512_vnni_kernels();
     static const KernelSet kernels = with_permutes();
     return &kernels;
 }

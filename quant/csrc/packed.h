@@ -77,6 +77,7 @@ const KernelSet& kernel_set_of(int isa);
 const KernelSet* portable_kernels();
 const KernelSet* avx2_kernels();
 const KernelSet* avx512_base_kernels();
-// With what more of AVX-512 this machine has for nf3; the base set where that is nothing.
+const KernelSet* avx512_vnni_kernels();
+// With what more of AVX-512 this machine has: VNNI, and VBMI for nf3; the base set where that is nothing.
 const KernelSet* avx512_kernels();
 const KernelSet* neon_kernels();
