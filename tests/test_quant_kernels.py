@@ -37,6 +37,18 @@ def test_forced_is_undone():
     assert backend_name() == before
 
 
+@pytest.mark.skipif("avx512-base" not in kernels.available(), reason="this machine has one set for AVX-512")
+@pytest.mark.parametrize("shape", [(5, 40), (33, 768), (9, 100), (17, 2048)])
+def test_both_sets_for_avx512_give_the_same_bits(shape):
+    nf3 = get_format("nf3")
+    packed = nf3.quantize(torch.randn(shape))
+    x = torch.randn(7, shape[1]).bfloat16()
+    with kernels.forced("avx512-base"):
+        expected = nf3.linear(x, packed, shape)
+    with kernels.forced("avx512"):
+        assert torch.equal(nf3.linear(x, packed, shape), expected)
+
+
 def product(seed: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     shape = (3000, 256)
