@@ -186,6 +186,11 @@ def test_refusal_proposes_a_smaller_format_that_fits():
     assert plan(make_manifest(spec="nf4"), budget_bytes).num_slots == (1, 1, 1)
 
 
+def test_refusal_proposes_fewer_bits_than_the_default_only_where_that_does_not_fit():
+    budget_bytes = refusal(make_manifest(spec="nf4"), 1).needed_bytes - 1
+    assert "a pack made with --format nf3 (needs " in str(refusal(make_manifest(spec="bf16"), budget_bytes))
+
+
 def test_vram_and_ram_are_refused_apart():
     manifest = make_manifest()
     assert "--vram" in str(refusal(manifest, GIB, device="cuda", vram_bytes=MIB))

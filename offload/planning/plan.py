@@ -275,11 +275,15 @@ def _budget_error(option: str, budget_bytes: int, demand: _Demand, expert_format
             remedies.append(f"--context {context_tokens} (needs {format_size(smaller_bytes)})")
             break
         context_tokens //= 2
-    format_bytes, _, spec = min(
-        (demand.replaced(layers=_in_format(demand.layers, spec)).smallest_bytes, spec != _DEFAULT_FORMAT, spec)
+    # the default where it fits, else what loses least of what does
+    fitting = [
+        (spec == _DEFAULT_FORMAT, format_bytes, spec)
         for spec in format_names()
-    )
-    if format_bytes <= budget_bytes and spec != expert_format:
+        if spec != expert_format
+        and (format_bytes := demand.replaced(layers=_in_format(demand.layers, spec)).smallest_bytes) <= budget_bytes
+    ]
+    if fitting:
+        _, format_bytes, spec = max(fitting)
         remedies.append(f"a pack made with --format {spec} (needs {format_size(format_bytes)})")
     memory = "RAM" if option == "--ram" else "VRAM"
     floor_bytes = needed_bytes - demand.fixed_bytes
