@@ -40,12 +40,14 @@ class CpuTier:
         self._slabs = [Slab(slots, size) for slots, size in zip(num_slots, self._slot_bytes, strict=True)]
         self._staging_bytes = max(self._slot_bytes)
         self._slabs.append(Slab(num_staging_slots, self._staging_bytes))
-        *self._slots, self._staging = [[_SlotMemory(slab, i) for i in range(slab.num_slots)] for slab in self._slabs]
+        # Of each layer, then of staging. `close`, perhaps called under a running step, replaces all of it at once.
+        self._memories = [[_SlotMemory(slab, i) for i in range(slab.num_slots)] for slab in self._slabs]
         self.num_staging_slots = num_staging_slots
 
     def begin(self, layer_idx: int, expert_idx: int, slot: int, *, speculative: bool, done: Done) -> Transfer:
         """Read straight into the slot."""
-        into = self._memory(layer_idx, slot).bytes[: self._slot_bytes[layer_idx]]
+        slots, index = self._place(layer_idx, slot)
+        into = slots[index].bytes[: self._slot_bytes[layer_idx]]
         return self._reader.submit(layer_idx, expert_idx, into, speculative=speculative, on_done=done)
 
     def exchanges(self, layer_idx: int) -> bool:
@@ -54,8 +56,9 @@ class CpuTier:
 
     def exchange(self, layer_idx: int, slot: int, staging_slot: int) -> None:
         """Give each the other's memory."""
-        slots, staging = self._slots[layer_idx], self._staging
-        slots[slot], staging[-1 - staging_slot] = staging[-1 - staging_slot], slots[slot]
+        slots, index = self._place(layer_idx, slot)
+        staging, staging_index = self._place(layer_idx, staging_slot)
+        slots[index], staging[staging_index] = staging[staging_index], slots[index]
 
     def expert_bytes(self, layer_idx: int) -> int:
         """The size of an expert of this layer."""
@@ -63,15 +66,18 @@ class CpuTier:
 
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """Views of the slot, made once."""
-        return self._memory(layer_idx, slot).weights(self._layouts[layer_idx])
+        slots, index = self._place(layer_idx, slot)
+        return slots[index].weights(self._layouts[layer_idx])
 
     def used(self, layer_idx: int, slot: int) -> None:
         """Nothing: CPU kernels have finished when they return."""
 
-    def _memory(self, layer_idx: int, slot: int) -> _SlotMemory:
-        if not self._staging:
+    def _place(self, layer_idx: int, slot: int) -> tuple[list[_SlotMemory], int]:
+        """The list that has the memory of a slot, and where; slots below 0 are staging."""
+        memories = self._memories
+        if not memories:
             raise ConfigError("the memory of the experts was freed: the model is closed; load it again")
-        return self._slots[layer_idx][slot] if slot >= 0 else self._staging[-1 - slot]
+        return (memories[layer_idx], slot) if slot >= 0 else (memories[-1], -1 - slot)
 
     @property
     def bytes_read(self) -> int:
@@ -91,6 +97,6 @@ class CpuTier:
     def close(self) -> None:
         """Fail what is being read, then free the slots."""
         self._reader.close()
-        self._slots, self._staging = [[] for _ in self._slots], []
+        self._memories = []
         for slab in self._slabs:
             slab.close()

@@ -7,7 +7,7 @@ from logging import getLogger
 
 import torch
 
-from moe_offload.errors import ExpertCopyError
+from moe_offload.errors import ConfigError, ExpertCopyError
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.planning.sizes import format_size
@@ -45,8 +45,9 @@ class CudaTier:
         self._queue = queue
         self._slot_bytes = [layer.slot_bytes for layer in manifest.layers]
         self._layouts = [PartLayout(layer.parts) for layer in manifest.layers]
+        # Of each layer, then of staging. `close`, perhaps called under a running step, replaces all of it at once.
         self._slots = _allocate_slots(queue, num_slots, self._slot_bytes)
-        self._staging = _allocate_slots(queue, [num_staging_slots], [max(self._slot_bytes)])[0]
+        self._slots += _allocate_slots(queue, [num_staging_slots], [max(self._slot_bytes)])
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
         self._lock = threading.Lock()
         self._bytes_copied = 0
@@ -112,7 +113,10 @@ class CudaTier:
         self._slot(layer_idx, slot).used()
 
     def _slot(self, layer_idx: int, slot: int) -> DeviceSlot:
-        return self._slots[layer_idx][slot] if slot >= 0 else self._staging[-1 - slot]
+        slots = self._slots
+        if not slots:
+            raise ConfigError("the memory of the experts was freed: the model is closed; load it again")
+        return slots[layer_idx][slot] if slot >= 0 else slots[-1][-1 - slot]
 
     @property
     def bytes_read(self) -> int:
@@ -139,13 +143,13 @@ class CudaTier:
         self._host.stop()
         try:
             self._queue.close()
-            for slot in [*(slot for slots in self._slots for slot in slots), *self._staging]:
+            for slot in [slot for slots in self._slots for slot in slots]:
                 slot.wait_until_unused()
         except ExpertCopyError:
             _log.exception("the device has failed; its memory is let go of all the same")
         self._host.free()
         self._weights.clear()
-        self._slots, self._staging = [[] for _ in self._slots], []
+        self._slots = []
 
 
 def _allocate_slots(queue: DeviceQueue, num_slots: Sequence[int], slot_bytes: Sequence[int]) -> list[list[DeviceSlot]]:
