@@ -1,0 +1,72 @@
+"""What has been counted at one moment, and the figures of what has happened between two."""
+
+from typing import Any, NamedTuple
+
+from moe_offload.cache import PrefetchCounts, StatsSnapshot
+from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
+from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.reports import RunReport
+
+
+class Reading(NamedTuple):
+    """All counts at one moment."""
+
+    cache: StatsSnapshot
+    guesses: PrefetchCounts
+    prefetch_used_bytes: int
+    prefetch_wasted_bytes: int
+    bytes_read: int
+    bytes_copied: int
+    stall_s: float
+    num_warmed: int
+    lookahead: LookaheadCounts
+
+
+class Meter:
+    """What residency and lookahead have counted, and the difference between two moments."""
+
+    def __init__(self, residency: Residency, lookahead: Lookahead) -> None:
+        self.residency, self._lookahead = residency, lookahead
+
+    def read(self) -> Reading:
+        """The counts now."""
+        residency = self.residency
+        return Reading(
+            cache=residency.cache.stats.snapshot(),
+            guesses=residency.guesses.counts,
+            prefetch_used_bytes=residency.prefetch_used_bytes,
+            prefetch_wasted_bytes=residency.prefetch_wasted_bytes,
+            bytes_read=residency.bytes_read,
+            bytes_copied=residency.bytes_copied,
+            stall_s=residency.stall_s,
+            num_warmed=residency.num_warmed,
+            lookahead=self._lookahead.counts,
+        )
+
+    def since(self, earlier: Reading, **times: Any) -> RunReport:
+        """The figures of what has happened since ``earlier``, with the tokens and times given."""
+        return self.between(earlier, self.read(), **times)
+
+    @staticmethod
+    def between(earlier: Reading, later: Reading, **times: Any) -> RunReport:
+        """The same between two readings."""
+        counts = later.cache.diff(earlier.cache)
+        guesses = later.guesses - earlier.guesses
+        prefetch = counts.prefetch + guesses
+        guessed = guesses.used + guesses.late  # to the cache they were misses: it does not know of staging
+        return RunReport(
+            hits=counts.total.hits + guessed,
+            misses=counts.total.misses + counts.total.bypassed - guessed,
+            bytes_read=later.bytes_read - earlier.bytes_read,
+            bytes_copied=later.bytes_copied - earlier.bytes_copied,
+            stall_s=later.stall_s - earlier.stall_s,
+            prefetch_issued=prefetch.issued,
+            prefetch_used=prefetch.used + prefetch.late,
+            prefetch_late=prefetch.late,
+            prefetch_wasted=prefetch.wasted,
+            prefetch_used_bytes=later.prefetch_used_bytes - earlier.prefetch_used_bytes,
+            prefetch_wasted_bytes=later.prefetch_wasted_bytes - earlier.prefetch_wasted_bytes,
+            prefetch_recall=(later.lookahead - earlier.lookahead).recall,
+            warmed=later.num_warmed - earlier.num_warmed,
+            **times,
+        )
