@@ -18,6 +18,7 @@ from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_pr
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.generation import Generator
 from moe_offload.offload.loader import LoadedModel, load_model
+from moe_offload.offload.meter import Meter
 from moe_offload.offload.pack.manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
 from moe_offload.offload.pack.outline import PackOutline
 from moe_offload.offload.pack.packer import pack_model
