@@ -12,6 +12,7 @@ MoeOffloadError
 │   ├── PackIncompleteError    packing was not finished
 │   ├── PackVersionError       written by another version of the format
 │   └── PackCorruptError       damaged: missing or truncated file, wrong checksum, manifest that does not add up
+├── ReportError            a profile report cannot be read or compared
 ├── ExpertReadError        the disk failed while an expert was read, after retries
 └── ExpertCopyError        the device failed while an expert was copied to it
 """
@@ -71,6 +72,10 @@ class PackVersionError(PackError):
 
 class PackCorruptError(PackError):
     """The pack is damaged."""
+
+
+class ReportError(MoeOffloadError):
+    """A profile report cannot be read or compared."""
 
 
 class ExpertReadError(MoeOffloadError):
