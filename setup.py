@@ -1,4 +1,4 @@
-"""Builds the C++ kernels; everything else about the package is in pyproject.toml."""
+"""Builds the C++ libraries; everything else about the package is in pyproject.toml."""
 
 import sys
 from glob import glob
@@ -14,26 +14,26 @@ else:
     LINK_ARGS = ["-pthread"]
 
 
-class BuildKernels(build_ext):
-    """A plain shared library that ctypes loads: it has no module init function to export."""
+class BuildLibraries(build_ext):
+    """Plain shared libraries that ctypes loads: they have no module init function to export."""
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """What the linker must export by name; the source marks its own."""
         return ext.export_symbols
 
 
-setup(
-    cmdclass={"build_ext": BuildKernels},
-    ext_modules=[
-        Extension(
-            "moe_offload.quant._kernels",
-            sources=sorted(glob("quant/csrc/*.cpp")),
-            depends=sorted(glob("quant/csrc/*.h") + glob("quant/csrc/*.inl")),
-            language="c++",
-            extra_compile_args=COMPILE_ARGS,
-            extra_link_args=LINK_ARGS,
-            # without a compiler the package works through torch, and says so
-            optional=True,
-        )
-    ],
-)
+def library(package: str) -> Extension:
+    """All sources of the package's ``csrc``, as its ``_kernels``."""
+    return Extension(
+        f"moe_offload.{package}._kernels",
+        sources=sorted(glob(f"{package}/csrc/*.cpp")),
+        depends=sorted(glob(f"{package}/csrc/*.h") + glob(f"{package}/csrc/*.inl")),
+        language="c++",
+        extra_compile_args=COMPILE_ARGS,
+        extra_link_args=LINK_ARGS,
+        # without a compiler the package works through torch and Python, and says so
+        optional=True,
+    )
+
+
+setup(cmdclass={"build_ext": BuildLibraries}, ext_modules=[library("quant"), library("cache")])

@@ -83,12 +83,12 @@ class ExpertCache:
             missing = layer.pin_resident(expert_ids, held, lease.hits)
             only_if_hotter = admit is Admit.IF_HOTTER
             # What this step asks for may inform who has to go, but must not decide that a newcomer is hotter.
-            if not only_if_hotter:
+            if expert_ids and not only_if_hotter:
                 policy.touch(layer_idx, expert_ids, weights)
             if missing:
                 scores = policy.scores(layer_idx)
                 lease.bypassed = layer.admit_missing(missing, held, lease.misses, scores, only_if_hotter, phase)
-            if only_if_hotter:
+            if expert_ids and only_if_hotter:
                 policy.touch(layer_idx, expert_ids, weights)
             layer.end_request(expert_ids, len(lease.hits), len(lease.misses), phase)
             return lease

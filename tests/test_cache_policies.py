@@ -156,6 +156,16 @@ def test_what_a_prompt_asks_for_counts_afterwards(name: str):
     assert cache.hot_set() == [[0, 1]]
 
 
+def test_a_step_without_experts_is_no_event():
+    cache = ExpertCache([4], [2], "decay")
+    step(cache, 0)
+    step(cache, 0)
+    for _ in range(100):
+        step(cache)
+    step(cache, 1)
+    assert cache.hot_set() == [[0, 1]]
+
+
 @pytest.mark.parametrize("name", policy_names())
 def test_a_prompt_fills_empty_slots(name: str):
     cache = ExpertCache([6], [3], name)

@@ -1,0 +1,68 @@
+// The C interface that cache/kernels.py loads with ctypes.
+#include <cstring>
+#include <new>
+
+#include "belady.h"
+#include "export.h"
+#include "half.h"
+#include "policy.h"
+#include "replay.h"
+
+namespace {
+
+enum Status { STATUS_OK = 0, STATUS_NO_MEMORY = 1, STATUS_NO_POLICY = 2 };
+
+const NamedPolicy* find(const char* name) {
+    for (const NamedPolicy* policy = kPolicies; policy->name != nullptr; ++policy)
+        if (std::strcmp(policy->name, name) == 0) return policy;
+    return nullptr;
+}
+
+}  // namespace
+
+// Changes whenever a signature or struct here does: a stale build is refused instead of called.
+EXPORT int moe_cache_abi() { return 1; }
+
+// The name of a policy, or null past the last.
+EXPORT const char* moe_cache_policy_name(int index) { return kPolicies[index].name; }
+
+// Null if there is no such policy, or no memory.
+EXPORT Policy* moe_cache_policy_new(const char* name, int32_t num_layers, const int32_t* num_experts) {
+    const NamedPolicy* policy = find(name);
+    if (policy == nullptr) return nullptr;
+    try {
+        return policy->make(Sizes(num_experts, num_experts + num_layers)).release();
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+EXPORT void moe_cache_policy_free(Policy* policy) { delete policy; }
+
+// Rounds `weights`, which may be null, in place: a replay, which has them from a trace, then decides alike.
+EXPORT void moe_cache_policy_touch(Policy* policy, int32_t layer_idx, const int32_t* expert_ids, int32_t num_experts,
+                                   double* weights, int32_t token_id) {
+    if (num_experts == 0) return;
+    if (weights != nullptr) round_to_half(weights, num_experts);
+    policy->touch({layer_idx, num_experts, expert_ids, weights, token_id});
+}
+
+EXPORT void moe_cache_round_to_half(double* values, int64_t num) { round_to_half(values, num); }
+
+EXPORT const double* moe_cache_policy_scores(Policy* policy, int32_t layer_idx) { return policy->scores(layer_idx); }
+
+EXPORT void moe_cache_policy_new_sequence(Policy* policy) { policy->new_sequence(); }
+
+// See replay_layers; `policy` is a name, or null for Belady's optimum.
+EXPORT int moe_cache_replay_layers(const Events* events, const char* policy, const int32_t* num_slots, Counts* counts,
+                                   uint16_t* fetched) {
+    const NamedPolicy* named = policy == nullptr ? nullptr : find(policy);
+    if (policy != nullptr && named == nullptr) return STATUS_NO_POLICY;
+    try {
+        const std::unique_ptr<Policy> made = named ? named->make(events->layer_sizes()) : make_belady(*events);
+        replay_layers(*events, *made, named == nullptr, num_slots, counts, fetched);
+    } catch (const std::bad_alloc&) {
+        return STATUS_NO_MEMORY;
+    }
+    return STATUS_OK;
+}

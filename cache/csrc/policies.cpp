@@ -1,0 +1,9 @@
+// The policies by name.
+#include "policy.h"
+
+const NamedPolicy kPolicies[] = {
+    {"lru", make_lru},
+    {"lfu", make_lfu},
+    {"decay", make_decay},
+    {nullptr, nullptr},
+};
