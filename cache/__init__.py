@@ -6,19 +6,27 @@ from moe_offload.cache.lease import Admit, Lease, Placement
 from moe_offload.cache.policy import Policy
 from moe_offload.cache.registry import make_policy, policy_names
 from moe_offload.cache.stats import CacheStats
+from moe_offload.cache.trace import EventKind, Outcome, RoutingTrace, TransferKind
+from moe_offload.cache.trace_file import read_trace, write_trace
 
 __all__ = [
     "Admit",
     "CacheStats",
+    "EventKind",
     "ExpertCache",
     "LayerStats",
     "Lease",
+    "Outcome",
     "Phase",
     "PhaseCounts",
     "Placement",
     "Policy",
     "PrefetchCounts",
+    "RoutingTrace",
     "StatsSnapshot",
+    "TransferKind",
     "make_policy",
     "policy_names",
+    "read_trace",
+    "write_trace",
 ]

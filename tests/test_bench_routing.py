@@ -116,11 +116,11 @@ def test_probabilities_come_along(tmp_path):
     ("arrays", "message"),
     [
         ({"other": np.zeros(3)}, "has no array 'experts'"),
-        ({"experts": np.zeros((2, 2, 2))}, "has no array 'experts' of integers"),
+        ({"experts": np.zeros((2, 2, 2))}, "'experts' of a trace is float64, not int16"),
         ({"experts": np.full((2, 2, 2), -1)}, "no decode tokens with all experts known"),
         ({"experts": np.zeros((2, 2, 1), dtype=int)}, "1 experts a token, the model 2"),
-        ({"experts": np.zeros((2, 2, 2), dtype=int), "phase": np.zeros(3)}, "'phase' is"),
-        ({"experts": np.zeros((2, 2, 2), dtype=int), "probs": np.zeros(3)}, "'probs' is"),
+        ({"experts": np.zeros((2, 2, 2), dtype=int), "phase": np.zeros(3, dtype=int)}, "'phase' of a trace is"),
+        ({"experts": np.zeros((2, 2, 2), dtype=int), "probs": np.zeros((2, 2, 1))}, "'probs' of a trace is"),
     ],
 )
 def test_traces_that_cannot_be_used_are_refused(tmp_path, arrays, message):

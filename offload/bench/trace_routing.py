@@ -1,11 +1,10 @@
 """Routing recorded from a real model: an ``.npz`` of arrays, made to fit the model that is measured."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from moe_offload.cache import read_trace
 from moe_offload.errors import ConfigError
 from moe_offload.offload.bench.routing import Experts, Routing, Target
 
@@ -16,29 +15,30 @@ def load_trace(path: Path, target: Target, *, sequence: int | None = None) -> Ro
     ``phase`` (0 prefill, 1 decode), ``sequence`` and ``probs`` are used where there are such; -1 is an unknown expert,
     and its token is left out. The first layers and choices are taken, experts modulo the target's number.
     """
-    arrays = _read(path)
-    experts = arrays["experts"].astype(np.int64)
-    num_layers, trace_top_k = experts.shape[1:]
+    trace = read_trace(path)
+    if not trace.experts.size:
+        raise ConfigError(f"{path} has no tokens")
+    num_layers, trace_top_k = trace.num_layers, trace.top_k
     if trace_top_k < target.top_k:
         raise ConfigError(
             f"{path} has {trace_top_k} experts a token, the model {target.top_k}; use a pack with --top-k {trace_top_k}"
         )
     layers = np.arange(target.num_layers) % num_layers
-    chosen = experts[:, layers, : target.top_k]
+    chosen = trace.experts[:, layers, : target.top_k].astype(np.int64)
     wanted = (chosen >= 0).all(axis=(1, 2))
-    if "phase" in arrays:
-        wanted &= arrays["phase"] == 1
+    if trace.phase is not None:
+        wanted &= trace.phase == 1
     if sequence is not None:
-        if "sequence" not in arrays:
+        if trace.sequence is None:
             raise ConfigError(f"{path} does not tell its sequences apart; leave out sequence=")
-        wanted &= arrays["sequence"] == sequence
+        wanted &= trace.sequence == sequence
     tokens = np.flatnonzero(wanted)
     if not len(tokens):
         raise ConfigError(f"{path} has no decode tokens with all experts known" + _of_sequence(sequence))
     tokens = np.resize(tokens, target.num_tokens)
     probs = None
-    if "probs" in arrays:
-        probs = arrays["probs"].astype(np.float64)[tokens][:, layers, : target.top_k]
+    if trace.probs is not None:
+        probs = trace.probs[tokens][:, layers, : target.top_k].astype(np.float64)
     notes = [f"trace {path.stem}" + _of_sequence(sequence)]
     if wanted.sum() < target.num_tokens:
         notes.append(f"its {wanted.sum()} tokens again and again")
@@ -51,25 +51,6 @@ def load_trace(path: Path, target: Target, *, sequence: int | None = None) -> Ro
         notes.append(f"experts modulo {target.num_experts}")
         fitted = _folded(fitted, target.num_experts)
     return Routing(fitted, probs, ", ".join(notes))
-
-
-def _read(path: Path) -> dict[str, npt.NDArray[np.generic]]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files if name in ("experts", "phase", "sequence", "probs")}
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} is not an .npz file of arrays: {error}") from error
-    experts = arrays.get("experts")
-    if experts is None or experts.ndim != 3 or experts.dtype.kind not in "iu" or not experts.size:
-        raise ConfigError(f"{path} has no array 'experts' of integers [tokens, layers, top_k]")
-    for name in ("phase", "sequence"):
-        if name in arrays and arrays[name].shape != experts.shape[:1]:
-            raise ConfigError(f"{path}: {name!r} is {arrays[name].shape}, not one number for each of the tokens")
-    if "probs" in arrays and arrays["probs"].shape != experts.shape:
-        raise ConfigError(f"{path}: 'probs' is {arrays['probs'].shape}, not {experts.shape} as 'experts' is")
-    return arrays
 
 
 def _of_sequence(sequence: int | None) -> str:
