@@ -177,23 +177,23 @@ def test_auto_tries_both_in_turn() -> None:
     assert depths == ([0] * TRIAL_STEPS + [1] * TRIAL_STEPS) * TRIALS
 
 
-@pytest.mark.parametrize(("on_s", "depth"), [(0.9, 2), (0.99, 0), (1.0, 0), (1.5, 0)])
+@pytest.mark.parametrize(("on_s", "depth"), [(0.5, 2), (0.9, 2), (0.99, 0), (1.0, 0), (1.5, 0)])
 def test_auto_keeps_what_is_faster(on_s: float, depth: int) -> None:
     tuner = PrefetchTuner(2)
     run_steps(tuner, TRIAL_PERIOD, on_s, off_s=1.0)
-    held = HOLD_STEPS - TRIAL_PERIOD  # what is far slower is held off as soon as that is clear
+    held = HOLD_STEPS - TRIAL_PERIOD  # what is far faster is held as soon as that is clear
     assert run_steps(tuner, held, on_s, off_s=1.0) == [depth] * held
 
 
 def test_auto_tries_again_later() -> None:
     """A disk that becomes slow, or a cache that warms up, is noticed."""
     tuner = PrefetchTuner(1)
-    run_steps(tuner, TRIAL_PERIOD, on_s=1.2, off_s=1.0)
+    run_steps(tuner, TRIAL_PERIOD, on_s=1.1, off_s=1.0)
     assert tuner.depth == 0
-    run_steps(tuner, HOLD_STEPS, on_s=1.2, off_s=1.0)
-    assert 1 in run_steps(tuner, TRIAL_PERIOD, on_s=0.5, off_s=1.0)
-    assert run_steps(tuner, HOLD_STEPS, on_s=0.5, off_s=1.0) == [1] * HOLD_STEPS
-    run_steps(tuner, TRIAL_PERIOD, on_s=1.5, off_s=1.0)
+    run_steps(tuner, HOLD_STEPS, on_s=1.1, off_s=1.0)
+    assert 1 in run_steps(tuner, TRIAL_PERIOD, on_s=0.9, off_s=1.0)
+    assert run_steps(tuner, HOLD_STEPS, on_s=0.9, off_s=1.0) == [1] * HOLD_STEPS
+    run_steps(tuner, TRIAL_PERIOD, on_s=1.1, off_s=1.0)
     assert tuner.depth == 0
 
 
@@ -238,6 +238,11 @@ def test_auto_does_not_try_where_nothing_is_missed() -> None:
 def test_auto_soon_gives_up_what_is_far_slower() -> None:
     depths = run_steps(PrefetchTuner(1), TRIAL_PERIOD, on_s=1.5, off_s=1.0)
     assert sum(depths) == TRIAL_STEPS
+
+
+def test_auto_is_soon_done_with_leaving_out_what_helps_much() -> None:
+    depths = run_steps(PrefetchTuner(1), TRIAL_PERIOD, on_s=0.7, off_s=1.0)
+    assert depths == [0] * TRIAL_STEPS + [1] * (TRIAL_PERIOD - TRIAL_STEPS)
 
 
 def test_auto_gives_the_same_tokens_whatever_it_finds(pack: Path) -> None:

@@ -13,11 +13,11 @@ from moe_offload.offload.experts.layer import StepState
 from moe_offload.offload.experts.lookahead import Lookahead
 
 AUTO_DEPTH = 2
-TRIAL_STEPS = 6
+TRIAL_STEPS = 5
 TRIALS = 3
 HOLD_STEPS = 400
 REQUIRED_GAIN = 0.02
-HOPELESS_GAIN = -0.2
+CLEAR_GAIN = 0.15
 
 
 class _Trials:
@@ -56,8 +56,8 @@ class _Trials:
 class PrefetchTuner:
     """Alternates short trials of decode steps without and with prefetching, then keeps what was faster for a while.
 
-    Prefetching has to be at least 2 % faster; else it stays off. It is not tried at all where nothing is missed, and no
-    longer where it has turned out to be far slower.
+    Prefetching has to be at least 2 % faster; else it stays off. It is not tried at all where nothing is missed, and
+    where one setting has turned out to be far faster, the other is tried no longer.
     """
 
     def __init__(self, depth: int) -> None:
@@ -92,12 +92,12 @@ class PrefetchTuner:
         self._is_first = True
         self._steps_left = TRIAL_STEPS
         is_pair = self._trials_left % 2 == 0
-        if (self._trials.gain() < HOPELESS_GAIN) if is_pair else self._trials.nothing_missed:
+        if not is_pair and self._trials.nothing_missed:
             self._hold(is_on=False)
-        elif self._trials_left:
-            self._is_on = not self._is_on
-        else:
+        elif is_pair and (not self._trials_left or abs(self._trials.gain()) > CLEAR_GAIN):
             self._hold(is_on=self._trials.gain() > REQUIRED_GAIN)
+        else:
+            self._is_on = not self._is_on
 
     def _hold(self, *, is_on: bool) -> None:
         self._trials_left = 0
