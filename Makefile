@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # What an editable install does not pick up by itself.
-INPUTS := pyproject.toml constraints.txt setup.py $(wildcard quant/csrc/* cache/csrc/*)
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/moe_offload/librar* quant/csrc/* cache/csrc/*)
 
 .PHONY: help chat test check bench
 .DEFAULT_GOAL := help

@@ -2,10 +2,9 @@
 
 import ctypes
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-_ABI = 1
+from moe_offload.libraries import load_library
 
 
 class Events(ctypes.Structure):
@@ -38,18 +37,12 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 def _loaded(kind: type[ctypes.CDLL]) -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_kernels" + suffix)
-        if path.exists():
-            library = kind(str(path))
-            # an older build beside newer Python code must not be called
-            if library.moe_cache_abi() != _ABI:
-                return None
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
-            return library
-    return None
+    loaded = load_library(Path(__file__).parent, kind)
+    if loaded is not None:
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+    return loaded
 
 
 @cache

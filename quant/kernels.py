@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from moe_offload.errors import ConfigError
+from moe_offload.libraries import load_library
 from moe_offload.quant import reference
 from moe_offload.quant.layout import PackedLayout
 
-_ABI = 4
 _ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
 _TORCH = "torch"
 _ISA_NAMES = ("portable", "avx2", "avx512", "neon", "avx512-base")  # indices are the library's
@@ -82,20 +81,14 @@ _LINEAR_ARGUMENTS = (
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_kernels" + suffix)
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            # an older build beside newer Python code must not be called
-            if library.moe_offload_abi() != _ABI:
-                return None
-            library.moe_offload_isa.restype = ctypes.c_char_p
-            library.moe_offload_dequantize.restype = None
-            library.moe_offload_read.restype = ctypes.c_uint64
-            library.moe_offload_moe_layer.argtypes = _MOE_LAYER_ARGUMENTS
-            library.moe_offload_linear_at.argtypes = _LINEAR_ARGUMENTS
-            return library
-    return None
+    library = load_library(Path(__file__).parent, ctypes.CDLL)
+    if library is not None:
+        library.moe_offload_isa.restype = ctypes.c_char_p
+        library.moe_offload_dequantize.restype = None
+        library.moe_offload_read.restype = ctypes.c_uint64
+        library.moe_offload_moe_layer.argtypes = _MOE_LAYER_ARGUMENTS
+        library.moe_offload_linear_at.argtypes = _LINEAR_ARGUMENTS
+    return library
 
 
 def available() -> tuple[str, ...]:

@@ -20,9 +20,6 @@ const NamedPolicy* find(const char* name) {
 
 }  // namespace
 
-// Changes whenever a signature or struct here does: a stale build is refused instead of called.
-EXPORT int moe_cache_abi() { return 1; }
-
 // The name of a policy, or null past the last.
 EXPORT const char* moe_cache_policy_name(int index) { return kPolicies[index].name; }
 

@@ -29,9 +29,6 @@ int64_t piece_rows(const PackedWeight& weight, int64_t multiple_of) {
 
 const KernelSet& kernel_set_of(int isa) { return *kernel_sets()[isa]; }
 
-// Changes whenever a signature or struct here does: a stale build is refused instead of called.
-EXPORT int moe_offload_abi() { return 4; }
-
 // The name of instruction set `isa` (0 portable, 1 avx2, 2 avx512, 3 neon, 4 avx512-base), or null if it cannot
 // run here or, as the last may be, is the same as another.
 EXPORT const char* moe_offload_isa(int isa) {

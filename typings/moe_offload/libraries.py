@@ -1,0 +1,1 @@
+../../src/moe_offload/libraries.py
