@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from moe_offload.cache.counts import Phase
 from moe_offload.cache.layer import Layer
 from moe_offload.cache.lease import Admit, Lease, Placement
+from moe_offload.cache.policy import Policy
 from moe_offload.cache.registry import make_policy
 from moe_offload.cache.stats import CacheStats
 from moe_offload.errors import ConfigError
@@ -25,7 +26,7 @@ class ExpertCache:
         self,
         num_experts: Sequence[int],
         num_slots: Sequence[int],
-        policy: str = "lru",
+        policy: str | Policy = "lru",
         *,
         floors: Sequence[int] | None = None,
     ) -> None:
@@ -39,7 +40,7 @@ class ExpertCache:
             )
         for layer_idx, layer_slots in enumerate(num_slots):
             self._check_num_slots(layer_idx, layer_slots)
-        self._policy = make_policy(policy, num_experts)
+        self._policy = make_policy(policy, num_experts) if isinstance(policy, str) else policy
         self._layers = [Layer(e, s) for e, s in zip(num_experts, num_slots, strict=True)]
         self._lock = threading.Lock()
         self._leases: dict[int, tuple[int, list[int]]] = {}  # lease_id -> layer_idx and the slots it pins

@@ -12,6 +12,7 @@ class Events(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_void_p),
+        ("is_prefill", ctypes.c_void_p),
         ("layer_idx", ctypes.c_void_p),
         ("begin", ctypes.c_void_p),
         ("expert_ids", ctypes.c_void_p),

@@ -11,8 +11,9 @@ enum EventKind : uint8_t {
 };
 
 struct Events {
-    const uint8_t* kind;       // [events]
-    const int32_t* layer_idx;  // [events]
+    const uint8_t* kind;        // [events]
+    const uint8_t* is_prefill;  // [events]: what they count as
+    const int32_t* layer_idx;   // [events]
     const int64_t* begin;      // [events + 1]: the experts of an event are begin[i] .. begin[i + 1]
     const int32_t* expert_ids;
     const double* weights;       // of each expert, rounded to fp16; or null

@@ -14,7 +14,7 @@ void replay_layers(const Events& events, Policy& policy, bool is_oracle, const i
             const bool only_if_hotter = events.kind[index] == ACQUIRE_IF_HOTTER;
             const bool touch_first = is_oracle || !only_if_hotter;
             LayerSlots& slots = layers[event.layer_idx];
-            Counts& count = counts[event.layer_idx * 2 + !only_if_hotter];
+            Counts& count = counts[event.layer_idx * 2 + !events.is_prefill[index]];
             num_missing = slots.begin(event.expert_ids, event.num_experts);
             count.requests += event.num_experts;
             count.hits += event.num_experts - num_missing;

@@ -1,0 +1,85 @@
+"""Replay where no library was built, or with a policy that it does not have: the running cache itself, in Python."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from math import inf
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_offload.cache.expert_cache import ExpertCache
+from moe_offload.cache.lease import Admit
+from moe_offload.cache.policy import Policy
+from moe_offload.cache.replay_events import ReplayEvents
+from moe_offload.cache.trace import EventKind
+
+BELADY = "belady"
+
+
+class BeladyPolicy:
+    """An oracle over the events of a replay: who is needed again last goes first (Belady 1966)."""
+
+    def __init__(self, events: ReplayEvents) -> None:
+        self._scores = [[-inf] * n for n in events.num_experts.tolist()]
+        self._after = [0.0] * len(events.expert_ids)
+        layers, begins, experts = events.layer_idx.tolist(), events.begin.tolist(), events.expert_ids.tolist()
+        # From the end, the latest use of an expert seen so far is the next use of the one before.
+        for index in reversed(range(events.num_events)):
+            scores = self._scores[layers[index]]
+            for at in range(begins[index], begins[index + 1]):
+                self._after[at] = scores[experts[at]]
+                scores[experts[at]] = -float(index)
+        self._at = 0
+
+    def foresee(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        """An event has come: its experts are needed again when they are."""
+        for expert_idx in expert_ids:
+            self._scores[layer_idx][expert_idx] = self._after[self._at]
+            self._at += 1
+
+    def touch(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float] | None) -> None:
+        """Nothing is learnt from what was foreseen."""
+
+    def scores(self, layer_idx: int) -> Sequence[float]:
+        return self._scores[layer_idx]
+
+    def new_sequence(self) -> None:
+        """The future is known already."""
+
+
+def run(
+    events: ReplayEvents, policy: str | Callable[[Sequence[int]], Policy], num_slots: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
+    """As `moe_offload.cache.replay.run`."""
+    oracle = BeladyPolicy(events) if policy == BELADY else None
+    num_experts = events.num_experts.tolist()
+    if oracle is not None:
+        made: str | Policy = oracle
+    else:
+        made = policy if isinstance(policy, str) else policy(num_experts)
+    cache = ExpertCache(num_experts, num_slots.tolist(), made)
+    kinds, layers, begins = events.kind.tolist(), events.layer_idx.tolist(), events.begin.tolist()
+    experts, is_prefill = events.expert_ids.tolist(), events.is_prefill.tolist()
+    weights = None if events.weights is None else events.weights.tolist()
+    fetched = np.zeros(events.num_events, np.uint16)
+    for index, (kind, layer_idx) in enumerate(zip(kinds, layers, strict=True)):
+        if kind == EventKind.NEW_SEQUENCE:
+            cache.new_sequence()
+            continue
+        of_event = slice(begins[index], begins[index + 1])
+        if oracle is not None:
+            oracle.foresee(layer_idx, experts[of_event])
+        lease = cache.acquire(
+            layer_idx,
+            experts[of_event],
+            weights=None if weights is None else weights[of_event],
+            admit=Admit.IF_HOTTER if kind == EventKind.ACQUIRE_IF_HOTTER else Admit.ALWAYS,
+            phase="prefill" if is_prefill[index] else "decode",
+        )
+        fetched[index] = len(lease.misses) + len(lease.bypassed)
+        for miss in lease.misses:
+            cache.mark_loaded(layer_idx, miss.expert_idx)
+        cache.release(lease)
+    layer_stats = cache.stats.snapshot().layers
+    counts = [[astuple(layer.prefill), astuple(layer.decode)] for layer in layer_stats]
+    return np.array(counts, np.int64), fetched
