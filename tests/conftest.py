@@ -1,6 +1,7 @@
 """Settings for all tests, and fixtures that several areas share."""
 
 import os
+import signal
 
 # Before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,6 +12,8 @@ import torch
 from faulty_disk import FaultyDisk
 
 torch.set_num_threads(1)
+# What a script starts in the background ignores Ctrl-C, and so do its children; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,7 @@
 """Products of many rows in bf16, against exact sums over the same bf16 weights; test_quant_contract.py has the rest."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -162,3 +164,9 @@ def test_which_experts_take_their_rows_at_once(spec, takes):
     assert expert.mlp.takes_rows(x, 400) is takes
     assert not expert.mlp.takes_rows(x, 2)
     assert not expert.mlp.takes_rows(x.float(), 400)
+
+
+def test_without_columns_a_product_is_zero_on_a_thread_that_has_multiplied_nothing_yet():
+    packed, x = weight_of("nf4", (5, 0)), activations(30, 0)
+    with ThreadPoolExecutor(max_workers=1) as fresh:
+        assert fresh.submit(product, x, "nf4", packed, (5, 0)).result().eq(0).all()

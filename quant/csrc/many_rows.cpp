@@ -1,34 +1,14 @@
 // The part of the C interface that is about many rows of activations.
 #include "many_rows.h"
 
-#include <memory>
-#include <new>
-
 #include "export.h"
 #include "pool.h"
 #include "scalar.h"
+#include "scratch.h"
 
 namespace {
 
-// Memory is kept from call to call, since fresh pages cost as much as filling them.
-class Storage {
-   public:
-    uint8_t* reserve(int64_t num_bytes) {
-        if (num_bytes > size_) {
-            storage_.reset(new (std::nothrow) uint8_t[static_cast<size_t>(num_bytes + 64)]);
-            size_ = storage_ ? num_bytes : 0;
-            if (!storage_) return nullptr;
-        }
-        const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-        return storage_.get() + (64 - address % 64) % 64;
-    }
-
-   private:
-    std::unique_ptr<uint8_t[]> storage_;
-    int64_t size_ = 0;
-};
-
-thread_local Storage storage;
+thread_local Scratch scratch;
 
 // Rows of a piece of work: some that follow one another, so that what comes next can be prefetched; enough pieces for
 // threads to share the work evenly.
@@ -76,7 +56,7 @@ EXPORT int moe_offload_linear_many(int isa, const PackedWeight* weight, const Ma
                                    const Matrix* out, int num_threads) {
     const ManyRowsKernels& many = *many_rows_kernels();
     const int64_t batch = batch_tokens(num_tokens);
-    uint8_t* panels = storage.reserve(many.panel_bytes(batch, weight->cols));
+    uint8_t* panels = scratch.reserve(many.panel_bytes(batch, weight->cols));
     if (panels == nullptr) return -1;
     for (int64_t first = 0; first < num_tokens; first += batch) {
         const int64_t count = num_tokens - first < batch ? num_tokens - first : batch;
@@ -99,7 +79,7 @@ EXPORT int moe_offload_expert_many(int isa, const Activation* activation, const 
     const int64_t hidden = expert->up[0].cols, inner = expert->down.cols;
     const int64_t batch = batch_tokens(num_tokens);
     const int64_t activated_bytes = ceil_div(batch * inner * 2, 64) * 64;
-    uint8_t* memory = storage.reserve(activated_bytes + many.panel_bytes(batch, hidden > inner ? hidden : inner));
+    uint8_t* memory = scratch.reserve(activated_bytes + many.panel_bytes(batch, hidden > inner ? hidden : inner));
     if (memory == nullptr) return -1;
     uint8_t* panels = memory + activated_bytes;
     const Matrix activated{memory, inner, DTYPE_BF16};

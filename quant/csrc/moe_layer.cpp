@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -21,6 +20,7 @@
 #include "packed.h"
 #include "pool.h"
 #include "scalar.h"
+#include "scratch.h"
 
 // An expert to compute, and the row of the output that it fills.
 struct Task {
@@ -46,24 +46,6 @@ constexpr int64_t kSumCols = 2048;
 constexpr int64_t kAlign = 64;
 
 int64_t align_up(int64_t num_bytes) { return ceil_div(num_bytes, kAlign) * kAlign; }
-
-// Memory that a thread keeps from call to call; what is asked for grows to the largest layer's, about 1 MiB.
-class Scratch {
-   public:
-    uint8_t* reserve(int64_t num_bytes) {
-        if (num_bytes > size_) {
-            storage_.reset(new (std::nothrow) uint8_t[static_cast<size_t>(num_bytes + kAlign)]);
-            size_ = storage_ ? num_bytes : 0;
-            if (!storage_) return nullptr;
-        }
-        const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-        return storage_.get() + (kAlign - address % kAlign) % kAlign;
-    }
-
-   private:
-    std::unique_ptr<uint8_t[]> storage_;
-    int64_t size_ = 0;
-};
 
 thread_local Scratch scratch;
 
@@ -191,7 +173,7 @@ class Layer {
         expert_bytes_ = prepared_offset_ + down_bytes;
         experts_offset_ = size;
         memory_ = scratch.reserve(size + num_tasks_ * expert_bytes_);
-        if (memory_ == nullptr) return num_tasks_ == 0;  // no memory was asked for: a sum alone
+        if (memory_ == nullptr) return false;
         for (size_t way = 0; way < ways.size(); way++) {
             kernels_.prepare(*ways[way], x_, 0, memory_ + offsets[way]);
         }
