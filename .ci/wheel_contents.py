@@ -6,6 +6,8 @@ import zipfile
 from pathlib import Path
 
 CONFIG = Path(__file__).parent.parent / "pyproject.toml"
+PAGE = "moe_offload/offload/profiling/page"
+DATA = ["moe_offload/py.typed", f"{PAGE}/page.html", f"{PAGE}/style.css", f"{PAGE}/script.js"]
 
 
 def main(path: str) -> None:
@@ -13,9 +15,10 @@ def main(path: str) -> None:
     with zipfile.ZipFile(path) as wheel:
         names = wheel.namelist()
     outside = [n for n in names if not n.startswith("moe_offload/") and ".dist-info/" not in n]
-    missing = [p for p in packages if f"{p.replace('.', '/')}/__init__.py" not in names]
-    if outside or missing or "moe_offload/py.typed" not in names:
-        sys.exit(f"{path}: outside moe_offload/: {outside}; packages missing: {missing}")
+    needed = [f"{package.replace('.', '/')}/__init__.py" for package in packages] + DATA
+    missing = [name for name in needed if name not in names]
+    if outside or missing:
+        sys.exit(f"{path}: outside moe_offload/: {outside}; missing: {missing}")
     print(f"{path}: {len(names)} files, all inside moe_offload/")
 
 
