@@ -34,6 +34,15 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_cache_policy_new_sequence": (None, (_POINTER,)),
     "moe_cache_round_to_half": (None, (_POINTER, ctypes.c_int64)),
     "moe_cache_replay_layers": (ctypes.c_int, (_POINTER, ctypes.c_char_p, _POINTER, _POINTER, _POINTER)),
+    "moe_cache_replay_pool": (
+        ctypes.c_int,
+        (_POINTER, ctypes.c_char_p, ctypes.c_int64, _POINTER, _POINTER, _POINTER),
+    ),
+    "moe_cache_stack_distances": (ctypes.c_int, (_POINTER, _INT32, _POINTER)),
+    "moe_cache_time_events": (
+        None,
+        (*[_POINTER] * 5, ctypes.c_double, ctypes.c_double, ctypes.c_uint64, *[_POINTER] * 3),
+    ),
 }
 
 

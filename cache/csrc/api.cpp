@@ -7,6 +7,8 @@
 #include "half.h"
 #include "policy.h"
 #include "replay.h"
+#include "stack.h"
+#include "timing.h"
 
 namespace {
 
@@ -16,6 +18,19 @@ const NamedPolicy* find(const char* name) {
     for (const NamedPolicy* policy = kPolicies; policy->name != nullptr; ++policy)
         if (std::strcmp(policy->name, name) == 0) return policy;
     return nullptr;
+}
+
+template <typename Run>
+int with_policy(const Events& events, const char* name, Run run) {
+    const NamedPolicy* named = name == nullptr ? nullptr : find(name);
+    if (name != nullptr && named == nullptr) return STATUS_NO_POLICY;
+    try {
+        const std::unique_ptr<Policy> made = named ? named->make(events.layer_sizes()) : make_belady(events);
+        run(*made, named == nullptr);
+    } catch (const std::bad_alloc&) {
+        return STATUS_NO_MEMORY;
+    }
+    return STATUS_OK;
 }
 
 }  // namespace
@@ -53,13 +68,32 @@ EXPORT void moe_cache_policy_new_sequence(Policy* policy) { policy->new_sequence
 // See replay_layers; `policy` is a name, or null for Belady's optimum.
 EXPORT int moe_cache_replay_layers(const Events* events, const char* policy, const int32_t* num_slots, Counts* counts,
                                    uint16_t* fetched) {
-    const NamedPolicy* named = policy == nullptr ? nullptr : find(policy);
-    if (policy != nullptr && named == nullptr) return STATUS_NO_POLICY;
+    return with_policy(*events, policy, [&](Policy& made, bool is_oracle) {
+        replay_layers(*events, made, is_oracle, num_slots, counts, fetched);
+    });
+}
+
+// See replay_pool.
+EXPORT int moe_cache_replay_pool(const Events* events, const char* policy, int64_t num_slots, const int32_t* floors,
+                                 Counts* counts, uint16_t* fetched) {
+    return with_policy(*events, policy, [&](Policy& made, bool is_oracle) {
+        replay_pool(*events, made, is_oracle, num_slots, floors, counts, fetched);
+    });
+}
+
+// See stack_distances.
+EXPORT int moe_cache_stack_distances(const Events* events, int32_t most_experts, int64_t* found) {
     try {
-        const std::unique_ptr<Policy> made = named ? named->make(events->layer_sizes()) : make_belady(*events);
-        replay_layers(*events, *made, named == nullptr, num_slots, counts, fetched);
+        stack_distances(*events, most_experts, found);
     } catch (const std::bad_alloc&) {
         return STATUS_NO_MEMORY;
     }
     return STATUS_OK;
+}
+
+// See time_events.
+EXPORT void moe_cache_time_events(const Events* events, const uint16_t* fetched, const double* transfer_s,
+                                  const double* before_s, const double* compute_s, double recall, double precision,
+                                  uint64_t seed, double* event_s, double* wait_s, PrefetchCounts* prefetch) {
+    time_events(*events, fetched, transfer_s, before_s, compute_s, {recall, precision, seed}, event_s, wait_s, prefetch);
 }

@@ -11,7 +11,7 @@ class LayerSlots {
    public:
     LayerSlots(int32_t num_experts, int32_t num_slots);
 
-    // Pin those that are resident until `end`, and note the others; how many are missing.
+    // Pin those that are resident until the next `begin`, and note the others; how many are missing.
     int32_t begin(const int32_t* expert_ids, int32_t num);
     bool needs_scores() const { return missing_.size() > empty_.size(); }
     // Slots for the missing, as far as there are any; `scores` may be null unless it needs them.
