@@ -8,9 +8,11 @@ from collections.abc import Collection, Sequence
 from moe_offload.cache.counts import Phase
 from moe_offload.cache.layer import Layer
 from moe_offload.cache.lease import Admit, Lease, Placement
+from moe_offload.cache.observer import CacheObserver
 from moe_offload.cache.policy import Policy
 from moe_offload.cache.registry import make_policy
 from moe_offload.cache.stats import CacheStats
+from moe_offload.cache.trace import EventKind
 from moe_offload.errors import ConfigError
 
 
@@ -46,6 +48,7 @@ class ExpertCache:
         self._leases: dict[int, tuple[int, list[int]]] = {}  # lease_id -> layer_idx and the slots it pins
         self._lease_ids = itertools.count()
         self._abandoned: deque[int] = deque()
+        self._observer: CacheObserver | None = None
         self.stats = CacheStats(self._lock, self._layers)
 
     @property
@@ -58,6 +61,20 @@ class ExpertCache:
     def num_slots(self, layer_idx: int) -> int:
         with self._lock:
             return self._layers[layer_idx].slots.num_slots
+
+    def observe(self, observer: CacheObserver | None) -> None:
+        """Tell ``observer`` of everything from now on, first what is resident and how hot it is; None: nobody."""
+        with self._lock:
+            self._observer = observer
+            if observer is None:
+                return
+            for layer_idx, layer in enumerate(self._layers):
+                resident = layer.slots.resident_by_slot()
+                if resident:
+                    scores = self._policy.scores(layer_idx)
+                    hot = sorted((e for e in resident if e >= 0), key=scores.__getitem__, reverse=True)
+                    observer.told(EventKind.REMEMBER, layer_idx, hot)
+                    observer.told(EventKind.RESIDENT, layer_idx, resident)
 
     # -- a step --
 
@@ -81,7 +98,7 @@ class ExpertCache:
             lease = Lease(layer_idx, [], [], [], next(self._lease_ids), self._abandoned)
             held: list[int] = []
             self._leases[lease.lease_id] = (layer_idx, held)
-            missing = layer.pin_resident(expert_ids, held, lease.hits)
+            missing = layer.pin_resident(expert_ids, held, lease.hits, lease.prefetched)
             only_if_hotter = admit is Admit.IF_HOTTER
             # What this step asks for may inform who has to go, but must not decide that a newcomer is hotter.
             if expert_ids and not only_if_hotter:
@@ -92,6 +109,8 @@ class ExpertCache:
             if expert_ids and only_if_hotter:
                 policy.touch(layer_idx, expert_ids, weights)
             layer.end_request(expert_ids, len(lease.hits), len(lease.misses), phase)
+            if self._observer is not None:
+                self._observer.acquired(lease, expert_ids, weights, admit)
             return lease
 
     def release(self, lease: Lease) -> None:
@@ -114,13 +133,19 @@ class ExpertCache:
         """Tell the policy that another text begins."""
         with self._lock:
             self._policy.new_sequence()
+            if self._observer is not None:
+                self._observer.told(EventKind.NEW_SEQUENCE, -1, ())
 
     # -- the bytes --
 
     def mark_loaded(self, layer_idx: int, expert_idx: int) -> bool:
         """All bytes are in the slot. False, and nothing changes, if the expert is not waiting for any."""
         with self._lock:
-            return self._layers[layer_idx].mark_loaded(expert_idx)
+            layer = self._layers[layer_idx]
+            # A step waits for what it asked for: only what nobody holds comes at a time of its own.
+            if self._observer is not None and layer.is_unheld(expert_idx):
+                self._observer.told(EventKind.LOADED, layer_idx, (expert_idx,))
+            return layer.mark_loaded(expert_idx)
 
     def mark_failed(self, layer_idx: int, expert_idx: int) -> bool:
         """The bytes did not come, or are bad, and nobody writes to the slot any more. False if it is not resident.
@@ -128,6 +153,8 @@ class ExpertCache:
         The expert is gone at once; leases that hold the slot keep it, and it is empty after the last.
         """
         with self._lock:
+            if self._observer is not None:
+                self._observer.told(EventKind.FAILED, layer_idx, (expert_idx,))
             return self._layers[layer_idx].mark_failed(expert_idx)
 
     # -- prefetch --
@@ -144,6 +171,9 @@ class ExpertCache:
             layer = self._layers[layer_idx]
             if not evict and not layer.slots.empty:
                 return []
+            if self._observer is not None:
+                kind = EventKind.PREFETCH_EVICTING if evict else EventKind.PREFETCH
+                self._observer.told(kind, layer_idx, expert_ids)
             return layer.admit_prefetch(expert_ids, self._policy.scores(layer_idx), evict)
 
     def missing(self, layer_idx: int, expert_ids: Sequence[int]) -> list[int]:
@@ -159,6 +189,8 @@ class ExpertCache:
         for its bytes, or they have come.
         """
         with self._lock:
+            if self._observer is not None:
+                self._observer.told(EventKind.DROPPED, layer_idx, (expert_idx,))
             return self._layers[layer_idx].drop_prefetch(expert_idx)
 
     # -- the hot set --
@@ -182,6 +214,8 @@ class ExpertCache:
         """Tell the policy what was hot before a restart, hottest first."""
         with self._lock:
             self._check_expert_ids(layer_idx, expert_ids)
+            if self._observer is not None:
+                self._observer.told(EventKind.REMEMBER, layer_idx, expert_ids)
             for expert_idx in reversed(expert_ids):
                 self._policy.touch(layer_idx, [expert_idx], None)
 
@@ -193,7 +227,10 @@ class ExpertCache:
         with self._lock:
             self._release_abandoned()
             self._check_expert_ids(layer_idx, expert_ids)
-            return self._layers[layer_idx].admit_warm(expert_ids)
+            placements = self._layers[layer_idx].admit_warm(expert_ids)
+            if self._observer is not None and placements:
+                self._observer.told(EventKind.WARM, layer_idx, [placement.expert_idx for placement in placements])
+            return placements
 
     # -- size --
 
@@ -206,6 +243,8 @@ class ExpertCache:
         self._check_num_slots(layer_idx, num_slots)
         with self._lock:
             self._release_abandoned()
+            if self._observer is not None:
+                self._observer.told(EventKind.RESIZE, layer_idx, (num_slots,))
             return self._layers[layer_idx].resize(num_slots, self._policy.scores(layer_idx))
 
     # -- consistency --

@@ -19,8 +19,10 @@ class Layer:
 
     # -- a step --
 
-    def pin_resident(self, expert_ids: Sequence[int], held: list[int], hits: list[Placement]) -> list[int]:
-        """Pin those that have a slot (appended to ``held`` and ``hits``); returns the others."""
+    def pin_resident(
+        self, expert_ids: Sequence[int], held: list[int], hits: list[Placement], prefetched: list[int]
+    ) -> list[int]:
+        """Pin those that have a slot (appended to the lists); returns the others."""
         slots, missing = self.slots, []
         for expert_idx in expert_ids:
             slot = slots.slot_of[expert_idx]
@@ -32,6 +34,7 @@ class Layer:
             loading = slots.state[slot] is LOADING
             if slot in self.speculation:
                 self.speculation.end_in_use(slot, late=loading)
+                prefetched.append(expert_idx)
             hits.append(Placement(expert_idx, slot, None, loading))
         return missing
 
@@ -78,6 +81,11 @@ class Layer:
         counters.bypassed += len(expert_ids) - num_hits - num_misses
 
     # -- the bytes --
+
+    def is_unheld(self, expert_idx: int) -> bool:
+        """Whether the expert's bytes are on their way to a slot that no lease holds."""
+        slot = self.slots.slot_of[expert_idx]
+        return slot >= 0 and self.slots.state[slot] is LOADING and not self.slots.pins[slot]
 
     def mark_loaded(self, expert_idx: int) -> bool:
         slot = self.slots.slot_of[expert_idx]

@@ -32,7 +32,8 @@ class Lease:
     """A hold on the slots of one step at one layer: none of them is evicted before `ExpertCache.release`.
 
     ``hits`` were resident (with ``loading`` set, another thread or a prefetch is still bringing the bytes); ``misses``
-    got a slot that the caller has to fill; ``bypassed`` got none. A lease that is dropped without a release, by an
+    got a slot that the caller has to fill; ``bypassed`` got none. ``prefetched`` are those of the hits that a prefetch
+    has brought, or is bringing, and that nobody had asked for yet. A lease that is dropped without a release, by an
     interrupted step, is released by the cache's next operation.
     """
 
@@ -43,6 +44,7 @@ class Lease:
     lease_id: int = field(repr=False)
     abandoned: deque[int] = field(repr=False)
     is_open: bool = field(default=True, repr=False)
+    prefetched: list[int] = field(default_factory=list)
 
     def __del__(self) -> None:
         # The garbage collector may call this while this very thread is inside the cache: no lock may be taken here.

@@ -50,6 +50,11 @@ class LayerSlots:
         """Those whose bytes are there."""
         return [expert_idx for expert_idx, slot in enumerate(self.slot_of) if slot >= 0 and self.state[slot] is LOADED]
 
+    def resident_by_slot(self) -> list[int]:
+        """The expert whose bytes are in each slot, -1 for none; empty if there are no such."""
+        experts = [e if state is LOADED else -1 for e, state in zip(self.expert_in, self.state, strict=True)]
+        return experts if max(experts, default=-1) >= 0 else []
+
     def orphans(self) -> list[int]:
         """Experts that wait for their bytes while no step waits for them."""
         return [self.expert_in[slot] for slot in self.unused() if self.state[slot] is LOADING]

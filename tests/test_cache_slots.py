@@ -240,6 +240,6 @@ def test_check_integrity_sees(damage: str):
     assert lease.is_open
 
 
-def test_the_cache_needs_neither_torch_nor_numpy():
-    code = "import sys, moe_offload.cache; sys.exit(bool({'torch', 'numpy'} & sys.modules.keys()))"
+def test_the_cache_needs_no_torch():
+    code = "import sys, moe_offload.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -94,6 +94,20 @@ class ExpertLayer:
         weights: Sequence[float] | None = None,
     ) -> None:
         """Call ``compute`` once for each expert as its weights become available, in no particular order."""
+        observer = self._residency.observer
+        if observer is None:
+            self._run_each(expert_ids, compute, weights)
+            return
+        observer.begin_layer(self.layer_idx, None, None)
+        self._run_each(expert_ids, compute, weights)
+        observer.end_layer()
+
+    def _run_each(
+        self,
+        expert_ids: Sequence[int],
+        compute: Callable[[int, ExpertWeights], None],
+        weights: Sequence[float] | None = None,
+    ) -> None:
         prefill, issued = self._begin(expert_ids)
         self._residency.run(self.layer_idx, expert_ids, compute, weights=weights, prefill=prefill, issued=issued)
 
@@ -104,7 +118,9 @@ class ExpertLayer:
         predictor = self._step.predictor
         if predictor is None:
             return prefill, None
-        return prefill, partial(predictor.in_prompt if prefill else predictor.after_routing, self.layer_idx, expert_ids)
+        issued = partial(predictor.in_prompt if prefill else predictor.after_routing, self.layer_idx, expert_ids)
+        observer = self._residency.observer
+        return prefill, issued if observer is None else partial(observer.look_ahead, issued)
 
     def routed(
         self,
@@ -125,6 +141,24 @@ class ExpertLayer:
                 "an offloaded model cannot be trained: its experts are overwritten before a backward pass would read "
                 "them; run it in torch.no_grad(), or train the model with transformers itself"
             )
+        observer = self._residency.observer
+        if observer is None:
+            return self._routed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
+        observer.begin_layer(self.layer_idx, top_k_index, top_k_weights)
+        result = self._routed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
+        observer.end_layer()
+        return result
+
+    # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
+
+    def _routed(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+        parts: MlpParts | None,
+    ) -> torch.Tensor:
         num_tokens, top_k = top_k_index.shape
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
         if num_tokens == 1:
@@ -140,8 +174,6 @@ class ExpertLayer:
                 for x, index, weights in zip(*chunks, strict=True)
             ]
         )
-
-    # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
 
     def _routed_packed(
         self,
@@ -189,7 +221,7 @@ class ExpertLayer:
         def compute(expert_idx: int, weights: ExpertWeights) -> None:
             outputs[expert_idx] = expert_fn(weights, hidden_states)
 
-        self.for_each_expert(list(weight_of), compute, weights=list(weight_of.values()))
+        self._run_each(list(weight_of), compute, list(weight_of.values()))
         if not outputs:
             return torch.zeros_like(hidden_states)
         is_partial = max(index) >= self.num_experts
@@ -228,7 +260,7 @@ class ExpertLayer:
             result = expert_fn(weights, hidden_states[pairs // top_k])
             room(result)[pairs] = result
 
-        self.for_each_expert(list(pairs_of), compute, weights=weights)
+        self._run_each(list(pairs_of), compute, weights)
         if outputs is None:
             return torch.zeros_like(hidden_states)
         return self._sum(outputs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)

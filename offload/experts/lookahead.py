@@ -204,6 +204,8 @@ class Lookahead:
             if target_idx in here.predicted:  # from further away: this layer's residual knows better
                 self._residency.cancel_prefetches(target_idx, chosen)
             here.predicted[target_idx] = set(chosen)
+            if (observer := self._residency.observer) is not None:
+                observer.predicted(layer_idx, target_idx, chosen, index)
             self._residency.prefetch(target_idx, chosen)
 
     def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None:

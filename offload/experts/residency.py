@@ -17,8 +17,9 @@ from moe_offload.cache import Admit, ExpertCache, Lease
 from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
 from moe_offload.offload.experts.guesses import Guesses
 from moe_offload.offload.experts.interrupts import InterruptShield
+from moe_offload.offload.experts.step_observer import StepObserver
 from moe_offload.offload.experts.weights import ExpertWeights
-from moe_offload.offload.streaming.reader import ReadCancelledError
+from moe_offload.offload.streaming.reader import ReadCancelledError, ReadObserver
 from moe_offload.offload.tiers.compute_tier import ComputeTier, Transfer
 
 Compute = Callable[[int, ExpertWeights], None]
@@ -41,6 +42,7 @@ class Residency:
 
     def __init__(self, cache: ExpertCache, tier: ComputeTier) -> None:
         self.cache = cache
+        self.observer: StepObserver | None = None
         self._tier = tier
         self._lock = threading.RLock()  # a transfer may be done before it has been begun
         self._loads: dict[tuple[int, int], _Load] = {}  # (layer_idx, expert_idx)
@@ -56,6 +58,10 @@ class Residency:
         # anything, perhaps under the very locks that closing takes. The lowest way to start one takes none.
         self._forgotten = weakref.finalize(self, _thread.start_new_thread, tier.close, ())
         self._forgotten.atexit = False
+
+    def observe_reads(self, observer: ReadObserver | None) -> None:
+        """Tell ``observer`` of every read from the disk; None: nobody."""
+        self._tier.observe_reads(observer)
 
     @property
     def bytes_read(self) -> int:
@@ -234,12 +240,15 @@ class Residency:
         try:
             return arrivals.get(0)
         except queue.Empty:
-            begin_s = time.perf_counter()
+            begin_ns = time.perf_counter_ns()
             try:
                 return patiently(arrivals.get, shield)
             finally:
+                duration_ns = time.perf_counter_ns() - begin_ns
                 with self._lock:
-                    self._stall_s += time.perf_counter() - begin_s
+                    self._stall_s += duration_ns * 1e-9
+                if (observer := self.observer) is not None:
+                    observer.waited(duration_ns)
 
     # -- transfers --
 
@@ -255,6 +264,8 @@ class Residency:
                     load.transfer = guess.transfer
                     guess.taken = partial(self._finish, layer_idx, expert_idx, load)
             if guess is not None:
+                if (observer := self.observer) is not None:
+                    observer.guessed(layer_idx, expert_idx, guess.arrived)
                 guess.demand()
                 return
         self._transfer(layer_idx, expert_idx, load)
@@ -270,6 +281,8 @@ class Residency:
                 guess.taken = partial(self._staged, layer_idx, expert_idx, guess.slot, arrivals)
             expert_ids.remove(expert_idx)
             num_taken += 1
+            if (observer := self.observer) is not None:
+                observer.guessed(layer_idx, expert_idx, guess.arrived)
             guess.demand()
         return num_taken
 

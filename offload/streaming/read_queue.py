@@ -48,6 +48,8 @@ class Read:
         self.in_flight = 0
         self.guessed_in_flight = 0  # those of them that were handed out as speculation
         self.rereads = 0
+        self.is_guess = speculative  # as it was submitted: a promotion leaves it
+        self.begin_ns = 0  # when its first chunk was begun, where somebody observes
         self.settled = threading.Event()
         self._queue = queue
 

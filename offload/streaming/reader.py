@@ -7,7 +7,7 @@ from logging import getLogger
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import xxhash
 
@@ -18,7 +18,7 @@ from moe_offload.offload.streaming.open_files import OpenFiles
 from moe_offload.offload.streaming.read_queue import OnDone, Read, ReadCancelledError, ReadQueue
 from moe_offload.offload.streaming.reader_stats import ReaderCounters, ReaderStats
 
-__all__ = ["ExpertReader", "Read", "ReadCancelledError", "ReaderStats", "Verify"]
+__all__ = ["ExpertReader", "Read", "ReadCancelledError", "ReadObserver", "ReaderStats", "Verify"]
 
 Verify = Literal["first", "always", "off"]
 MAX_TRIES = 3
@@ -26,6 +26,13 @@ MAX_TRIES = 3
 BACKOFF_S = (0.01, 0.1)
 CLOSE_TIMEOUT_S = 5.0
 _log = getLogger(__name__)
+
+
+class ReadObserver(Protocol):
+    """Told of reads by the reader's threads: to be quick, and not to raise."""
+
+    def settled(self, read: Read) -> None:
+        """The read is whole, failed or cancelled; ``begin_ns`` (of ``perf_counter_ns``) is 0 if it never began."""
 
 
 class ExpertReader:
@@ -56,6 +63,7 @@ class ExpertReader:
         self._queue = ReadQueue(chunk_bytes)
         self._closing = threading.Event()
         self._counters = ReaderCounters()
+        self.observer: ReadObserver | None = None
         self._threads = [
             threading.Thread(target=self._run, name=f"expert-reader-{i}", daemon=True) for i in range(num_threads)
         ]
@@ -122,6 +130,8 @@ class ExpertReader:
             read, span = taken
             problem: MoeOffloadError | None = None
             if span is not None:
+                if self.observer is not None and not read.begin_ns:
+                    read.begin_ns = time.perf_counter_ns()
                 try:
                     problem = self._read_chunk(read, span)
                 except BaseException as error:  # whatever it is, this thread lives on and the waiter is told
@@ -213,6 +223,8 @@ class ExpertReader:
             self._counters.add(cancelled=1, bytes_cancelled=read.next_bytes)
         else:
             self._counters.add(failed=1)
+        if (observer := self.observer) is not None:
+            observer.settled(read)
         try:
             if read.on_done is not None:
                 read.on_done(read.error)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.streaming.reader import ReadObserver
 
 Done = Callable[[BaseException | None], None]
 
@@ -46,6 +47,9 @@ class ComputeTier(Protocol):
 
     def used(self, layer_idx: int, slot: int) -> None:
         """The kernels that read the slot are launched; a later transfer into it is ordered behind them."""
+
+    def observe_reads(self, observer: ReadObserver | None) -> None:
+        """Tell ``observer`` of every read from the disk; None: nobody."""
 
     @property
     def bytes_read(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest, PartSpec
-from moe_offload.offload.streaming.reader import ExpertReader
+from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.compute_tier import Done, Transfer
 
@@ -78,6 +78,10 @@ class CpuTier:
         if not memories:
             raise ConfigError("the memory of the experts was freed: the model is closed; load it again")
         return (memories[layer_idx], slot) if slot >= 0 else (memories[-1], -1 - slot)
+
+    def observe_reads(self, observer: ReadObserver | None) -> None:
+        """The reader's."""
+        self._reader.observer = observer
 
     @property
     def bytes_read(self) -> int:

@@ -11,7 +11,7 @@ from moe_offload.errors import ConfigError, ExpertCopyError
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.planning.sizes import format_size
-from moe_offload.offload.streaming.reader import ExpertReader
+from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
 from moe_offload.offload.streaming.slab import CudaHost
 from moe_offload.offload.tiers.compute_tier import Done, Transfer
 from moe_offload.offload.tiers.device_queue import DeviceQueue
@@ -117,6 +117,10 @@ class CudaTier:
         if not slots:
             raise ConfigError("the memory of the experts was freed: the model is closed; load it again")
         return slots[layer_idx][slot] if slot >= 0 else slots[-1][-1 - slot]
+
+    def observe_reads(self, observer: ReadObserver | None) -> None:
+        """The host tier's."""
+        self._host.observe_reads(observer)
 
     @property
     def bytes_read(self) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from moe_offload.cache import Lease
 from moe_offload.errors import ExpertReadError
 from moe_offload.offload.pack.manifest import PackManifest
-from moe_offload.offload.streaming.reader import ExpertReader, ReadCancelledError
+from moe_offload.offload.streaming.reader import ExpertReader, ReadCancelledError, ReadObserver
 from moe_offload.offload.streaming.slab import CudaHost, Slab
 from moe_offload.offload.tiers.device_queue import DeviceQueue, Event
 from moe_offload.offload.tiers.host_expert import HostExpert
@@ -85,6 +85,10 @@ class HostTier:
     def pin_failure(self) -> str | None:
         """Why the first piece that is not page-locked is not."""
         return next((slab.pin_failure for slab in self._slabs if slab.pin_failure is not None), None)
+
+    def observe_reads(self, observer: ReadObserver | None) -> None:
+        """The reader's."""
+        self._reader.observer = observer
 
     @property
     def bytes_read(self) -> int:
