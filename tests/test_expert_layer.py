@@ -14,6 +14,8 @@ NUM_EXPERTS, HIDDEN = 6, 3
 class BackwardsResidency:
     """Has every expert; computes them in the order opposite to the one asked for. An expert's weights: its number."""
 
+    observer = None
+
     def run(self, layer_idx: int, expert_ids: Sequence[int], compute: Callable[[int, Any], None], **_: Any) -> None:
         assert len(set(expert_ids)) == len(expert_ids)
         for expert_idx in reversed(expert_ids):
