@@ -6,14 +6,17 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from moe_offload.cache.trace import LAYOUT, TRACE_VERSION, Array, RoutingTrace
+from moe_offload.cache.trace_blocks import join_blocks
+from moe_offload.cache.trace_frames import MAGIC, decode_frames
 from moe_offload.errors import ConfigError
 
 VERSION_KEY = "trace_version"
+PARTIAL_SUFFIX = ".partial"
 
 
 def write_trace(path: str | os.PathLike[str], trace: RoutingTrace) -> None:
@@ -36,8 +39,15 @@ def write_trace(path: str | os.PathLike[str], trace: RoutingTrace) -> None:
 
 
 def read_trace(path: str | os.PathLike[str]) -> RoutingTrace:
-    """The trace in an ``.npz`` file; ConfigError for a file that is none. Arrays that are not known are left out."""
+    """The trace in an ``.npz`` file, or in a ``.partial`` up to its last whole frame.
+
+    ConfigError for a file that is neither. Arrays that are not known are left out.
+    """
     try:
+        with Path(path).open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(0)
+                return _read_partial(path, file)
         with zipfile.ZipFile(path) as stored:
             arrays, meta = _read_arrays(stored)
     except OSError as error:
@@ -62,6 +72,18 @@ def read_trace(path: str | os.PathLike[str]) -> RoutingTrace:
         raise ConfigError(f"{path} is a trace of version {version!r}, this version reads up to {TRACE_VERSION}; update")
     try:
         return RoutingTrace(meta=meta, **arrays)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_partial(path: str | os.PathLike[str], file: BinaryIO) -> RoutingTrace:
+    meta: dict[str, Any] = {}
+    blocks = []
+    try:
+        for arrays, said in decode_frames(file):
+            meta = meta if said is None else said
+            blocks.append(arrays)
+        return join_blocks(blocks, meta)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
