@@ -32,6 +32,7 @@ from functools import reduce
 from typing import Any
 
 from moe_offload.offload.bench.settings import Kind, Setting, Workload
+from moe_offload.offload.planning.bound import Bound, bound_of
 
 SCHEMA = 1
 
@@ -113,14 +114,6 @@ class RunFigures:
         return cls(**own | {"rates": MachineRates(**values["rates"])})
 
 
-@dataclass(frozen=True)
-class Bound:
-    """The most tokens a second that the rates allow, and which of them sets it."""
-
-    tokens_per_s: float
-    by: str
-
-
 def bound(run: RunFigures, rates: MachineRates, kind: Kind) -> Bound:
     """1 / max(bytes missed / disk rate, bytes read from memory / memory rate), both of one token.
 
@@ -130,11 +123,10 @@ def bound(run: RunFigures, rates: MachineRates, kind: Kind) -> Bound:
     if kind == "prefill":
         assert run.operations is not None
         assert rates.matrix_ops_per_s is not None
-        other_s, other = run.operations / run.tokens / rates.matrix_ops_per_s, "compute"
-    else:
-        memory_bytes = run.expert_bytes_per_token + run.dense_bytes_per_token + run.kv_bytes_per_token
-        other_s, other = memory_bytes / rates.memory_bytes_per_s, "memory"
-    return Bound(1 / max(disk_s, other_s), "disk" if disk_s > other_s else other)
+        other_s = run.operations / run.tokens / rates.matrix_ops_per_s
+        return bound_of({"compute": other_s, "disk": disk_s})
+    memory_bytes = run.expert_bytes_per_token + run.dense_bytes_per_token + run.kv_bytes_per_token
+    return bound_of({"memory": memory_bytes / rates.memory_bytes_per_s, "disk": disk_s})
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,12 @@ class ProfileReport:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ReportError(f"{path}: {reason}") from error
 
+    def __str__(self) -> str:
+        """As a terminal shows it, 80 columns wide and without colours."""
+        from moe_offload.offload.profiling.text import as_text
+
+        return as_text(self)
+
 
 def _check_version(value: Any) -> None:
     """Take the two keys off that say what the JSON is."""
