@@ -122,16 +122,6 @@ void multiply_tile(const uint16_t* weights, const uint8_t* panel, int64_t pairs,
     }
 }
 
-template <int kVectors>
-void multiply_tiles(const uint16_t* weights, int64_t num_rows, const uint8_t* panel, int64_t pairs, float* sums,
-                    int64_t stride, bool is_first) {
-    constexpr int kRows = 24 / kVectors;  // what fits in registers; kManyRows is a multiple for every kVectors
-    for (int64_t row = 0; row < num_rows; row += kRows) {
-        multiply_tile<kVectors, kRows>(weights + row * kWeightStride, panel, pairs, sums + row * stride, stride,
-                                       is_first);
-    }
-}
-
 // 16 tokens' numbers of 16 rows, to where they belong.
 void store_sums(__m512i (&rows)[16], int64_t num_tokens, __mmask16 mask, int64_t token, int64_t row,
                 const RowsOut& out) {
@@ -151,30 +141,58 @@ void store_sums(__m512i (&rows)[16], int64_t num_tokens, __mmask16 mask, int64_t
 }
 
 void prefetch_bytes(const void* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T1);
+    for (int64_t i = 0; i < count; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
 }
 
-// What comes after a panel of a piece: the codes of the next panel, or the next piece's scales and first codes.
-void prefetch_after(const PackedWeight& weight, int64_t row_begin, int64_t row_end, int64_t col_end) {
-    const bool is_raw = weight.code == CODE_BF16 || weight.code == CODE_F16;
-    const int64_t panel_bytes = weight.row_bytes * kPanelCols / (weight.cols > 0 ? weight.cols : 1);
-    const int64_t begin = weight.row_bytes * col_end / (weight.cols > 0 ? weight.cols : 1);
-    if (col_end < weight.cols) {
-        for (int64_t row = row_begin; row < row_end; row++) {
-            prefetch_bytes(weight.codes + row * weight.row_bytes + begin, panel_bytes);
+// What is dequantised next: a panel's share of some rows, and their scales if those begin with it. It is asked for row by
+// row while this panel is multiplied: asked for at once, most of it came too late.
+struct NextPanel {
+    const uint8_t* codes;
+    int64_t row_bytes;
+    int64_t panel_bytes;
+    int64_t num_rows;
+    const uint8_t* scales;
+    int64_t scale_bytes;  // of a row of blocks
+    int64_t block_rows;
+
+    void prefetch(int64_t begin, int64_t end) const {
+        for (int64_t row = begin; row < end && row < num_rows; row++) {
+            prefetch_bytes(codes + row * row_bytes, panel_bytes);
+            if (scales != nullptr && row % block_rows == 0) {
+                prefetch_bytes(scales + row / block_rows * scale_bytes, scale_bytes);
+            }
         }
-        return;
     }
-    const int64_t next_end = row_end + kManyRows < weight.rows ? row_end + kManyRows : weight.rows;
-    for (int64_t row = row_end; row < next_end; row++) {
-        prefetch_bytes(weight.codes + row * weight.row_bytes, panel_bytes);
+};
+
+// After the panel that ends at col_end: the next one of these rows, or the first one of the next piece's.
+NextPanel next_panel(const PackedWeight& weight, int64_t row_begin, int64_t row_end, int64_t col_end) {
+    const int64_t panel_bytes = weight.row_bytes * kPanelCols / weight.cols;
+    if (col_end < weight.cols) {
+        const uint8_t* codes = weight.codes + row_begin * weight.row_bytes + weight.row_bytes * col_end / weight.cols;
+        return {codes, weight.row_bytes, panel_bytes, row_end - row_begin, nullptr, 0, 1};
     }
-    if (is_raw) return;
+    const int64_t num_rows = row_end + kManyRows < weight.rows ? kManyRows : weight.rows - row_end;
+    const uint8_t* codes = weight.codes + row_end * weight.row_bytes;
+    if (weight.code == CODE_BF16 || weight.code == CODE_F16) {
+        return {codes, weight.row_bytes, panel_bytes, num_rows, nullptr, 0, 1};
+    }
     const int64_t one_scale = weight.scale_type == SCALE_F32 ? 4 : weight.scale_type == SCALE_F16 ? 2 : 1;
     const int64_t scale_bytes = ceil_div(weight.cols, weight.block_cols) * one_scale;
-    const int64_t first = row_end / weight.block_rows;
-    prefetch_bytes(static_cast<const uint8_t*>(weight.scales) + first * scale_bytes,
-                   (ceil_div(next_end, weight.block_rows) - first) * scale_bytes);
+    const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + row_end / weight.block_rows * scale_bytes;
+    return {codes, weight.row_bytes, panel_bytes, num_rows, scales, scale_bytes, weight.block_rows};
+}
+
+// `next` may be null.
+template <int kVectors>
+void multiply_tiles(const uint16_t* weights, int64_t num_rows, const uint8_t* panel, int64_t pairs, float* sums,
+                    int64_t stride, bool is_first, const NextPanel* next) {
+    constexpr int kRows = 24 / kVectors;  // what fits in registers; kManyRows is a multiple for every kVectors
+    for (int64_t row = 0; row < num_rows; row += kRows) {
+        if (next != nullptr) next->prefetch(row, row + kRows);
+        multiply_tile<kVectors, kRows>(weights + row * kWeightStride, panel, pairs, sums + row * stride, stride,
+                                       is_first);
+    }
 }
 
 // Rows of sums beyond those asked for are written, up to a whole tile.
@@ -206,7 +224,7 @@ void sum_rows(const Product& product, int64_t row_begin, int64_t row_end, int64_
         if (end % 2 != 0) {
             for (int64_t row = 0; row < num_rows; row++) weights[row * kWeightStride + end - col] = 0;
         }
-        prefetch_after(weight, row_begin, row_end, end);
+        const NextPanel next = next_panel(weight, row_begin, row_end, end);
         const uint8_t* panel = product.panels + col / 2 * padded * 4;
         for (int64_t token = 0; token < padded; token += kMaxVectors * kLanes) {
             const int64_t vectors = (padded - token) / kLanes;
@@ -214,7 +232,8 @@ void sum_rows(const Product& product, int64_t row_begin, int64_t row_end, int64_
                                   : vectors == 3 ? multiply_tiles<3>
                                   : vectors == 2 ? multiply_tiles<2>
                                                  : multiply_tiles<1>;
-            multiply(weights, num_rows, panel + token * pairs * 4, pairs, sums + token, padded, col == 0);
+            multiply(weights, num_rows, panel + token * pairs * 4, pairs, sums + token, padded, col == 0,
+                     token == 0 ? &next : nullptr);
         }
     }
     if (product.bias == nullptr) return;
