@@ -17,6 +17,9 @@ COMMANDS = {
     "chat": LazyCommand("moe_offload.cli.chat:chat", "Talk with a model; with no MODEL, with the built-in demo."),
     "generate": LazyCommand("moe_offload.cli.generate:generate", "Answer or complete one prompt."),
     "pack": LazyCommand("moe_offload.cli.pack:pack", "Make an expert pack of a checkpoint, ready to run."),
+    "plan": LazyCommand(
+        "moe_offload.cli.plan:plan", "Say whether a model will run, and how fast, before anything is downloaded."
+    ),
     "bench": LazyCommand(
         "moe_offload.cli.bench:bench", "Measure decoding under a budget, beside what this machine allows."
     ),

@@ -58,6 +58,25 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+class RateType(click.ParamType):  # type: ignore[type-arg]
+    """Bytes a second: 3.5GB/s."""
+
+    name = "rate"
+
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        from moe_offload.offload.planning.sizes import parse_size
+
+        if not isinstance(value, str):
+            return value
+        size = value.strip().removesuffix("/s")
+        if size.endswith("%") or size.lower() == "auto":
+            self.fail(f"{value!r} is not a rate; write it as 3.5GB/s", param, ctx)
+        try:
+            return float(parse_size(size, total_bytes=1, free_bytes=1))
+        except ConfigError:
+            self.fail(f"{value!r} is not a rate; write it as 3.5GB/s or 800MB/s", param, ctx)
+
+
 class SharesType(click.ParamType):  # type: ignore[type-arg]
     """Shares of the experts: 25%,50%,100%."""
 

@@ -295,3 +295,46 @@ def test_a_hub_that_is_gone_is_said(client, tmp_path):
     answer = client.pack("tiny/mixtral", home=tmp_path, endpoint="http://127.0.0.1:9")
     assert answer["error"] == "SourceError"
     assert "no folder is called 'tiny/mixtral', and the hub cannot be reached" in answer["text"]
+
+
+def test_a_forecast_reads_headers_and_no_weights(hub, client, repo, checkpoint, tmp_path):
+    client.send(repo, headers=True, home=tmp_path, token="hf_secret")
+    answer = json.loads(client.process.stdout.readline())
+    names = shard_names(checkpoint)
+    header_bytes = [8 + int.from_bytes((checkpoint / name).read_bytes()[:8], "little") for name in names]
+    assert answer["fetched_bytes"] == sum(header_bytes)
+    assert answer["tensor_bytes"] == sum((checkpoint / name).stat().st_size for name in names) - sum(header_bytes)
+    asked = {name: [] for name in names}
+    for request in hub.gets():
+        assert request.authorization == "Bearer hf_secret"
+        asked[request.file].append(request.range)
+    # Twice: the headers alone, and the shape made of them. The length, then the header, and never a byte of data.
+    for name, size in zip(names, header_bytes, strict=True):
+        assert asked[name] == 2 * ["bytes=0-7", f"bytes=8-{size - 1}"]
+    assert {request.file for request in hub.requests if request.method == "GET"} - set(names) <= {
+        "config.json",
+        "model.safetensors.index.json",
+    }
+    assert not (tmp_path / "downloads").exists()
+    manifest = read_manifest(pack_model(str(checkpoint), tmp_path / "expected"))
+    assert answer["slot_bytes"] == [layer.slot_bytes for layer in manifest.layers]
+    assert answer["dense_bytes"] == pytest.approx(manifest.dense_bytes, abs=1 << 20)
+    assert (answer["revision"], answer["source_weights"]) == (commit_id(str(checkpoint)), "bf16")
+
+
+def test_a_forecast_names_what_is_wrong_with_a_model(hub, client, checkpoint, tmp_path):
+    hub.add("tiny/gated-plan", checkpoint, gated=True)
+    hub.add("tiny/open-plan", checkpoint)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text((checkpoint / "config.json").read_text())
+    hub.add("tiny/no-weights", tmp_path / "empty")
+    for model, command, text in (
+        ("tiny/nobody", {}, "no folder and no hub model"),
+        ("tiny/gated-plan", {}, "is gated"),
+        ("tiny/open-plan", {"revision": "v9"}, "no revision 'v9'"),
+        ("tiny/no-weights", {}, "lacks a file"),
+    ):
+        client.send(model, headers=True, home=tmp_path, **command)
+        answer = json.loads(client.process.stdout.readline())
+        assert answer["error"] == "SourceError"
+        assert text in answer["text"]

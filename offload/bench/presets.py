@@ -56,9 +56,74 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model_type": "olmoe",
         "intermediate_size": 1024,
     },
+    "mixtral-8x22b": {  # mistralai/Mixtral-8x22B-v0.1; https://mistral.ai/news/mixtral-8x22b has 141 billion weights
+        "model_type": "mixtral",
+        "hidden_size": 6144,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 56,
+        "num_attention_heads": 48,
+        "max_position_embeddings": 65536,
+    },
+    # Qwen/Qwen3-235B-A22B, as https://github.com/THUDM/slime trains it (scripts/models/qwen3-235B-A22B.sh)
+    "qwen3-235b-a22b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "moe_intermediate_size": 1536,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    },
+    "qwen3.5-35b-a3b": {"model_type": "qwen3_5_moe_text"},  # Qwen/Qwen3.5-35B-A3B: transformers' defaults
+    "gpt-oss-120b": {"model_type": "gpt_oss"},  # openai/gpt-oss-120b: transformers' defaults
+    "deepseek-v3": {"model_type": "deepseek_v3"},  # deepseek-ai/DeepSeek-V3 and -R1: transformers' defaults
+    # moonshotai/Kimi-K2-Instruct, as https://github.com/THUDM/slime trains it (scripts/models/kimi-k2.sh)
+    "kimi-k2": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 163840,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "n_routed_experts": 384,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "max_position_embeddings": 131072,
+    },
+    # google/switch-c-2048, by t5x/configs/moe/models/switch_c.gin of https://github.com/google/flaxformer
+    "switch-c-2048": {
+        "model_type": "switch_transformers",
+        "d_model": 2080,
+        "d_ff": 6144,
+        "num_layers": 15,
+        "num_decoder_layers": 15,
+        "num_sparse_encoder_layers": 15,
+        "num_sparse_decoder_layers": 15,
+        "num_heads": 30,
+        "num_experts": 2048,
+    },
 }
 # The format that a model is best known in; the others are published in bf16.
-PUBLISHED_FORMATS = {"gpt-oss-20b": "mxfp4"}
+PUBLISHED_FORMATS = {"gpt-oss-20b": "mxfp4", "gpt-oss-120b": "mxfp4", "deepseek-v3": "fp8", "kimi-k2": "fp8"}
+# Where they are from; transformers has no class of its own for Kimi-K2, whose shape is DeepSeek-V3's.
+HUB_IDS = {
+    "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "olmoe-1b-7b": "allenai/OLMoE-1B-7B-0924",
+    "mixtral-8x22b": "mistralai/Mixtral-8x22B-v0.1",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+    "kimi-k2": "moonshotai/Kimi-K2-Instruct",
+    "switch-c-2048": "google/switch-c-2048",
+}
 DEFAULT_FORMAT = "nf4"
 # Under which names configurations hold these numbers.
 _OVERRIDES = {

@@ -41,7 +41,7 @@ def is_hub_id(model: str) -> bool:
     return _HUB_ID.fullmatch(model) is not None
 
 
-def _asking(name: str, revision: str | None, ask: Callable[[], _Result]) -> _Result:
+def asking(name: str, revision: str | None, ask: Callable[[], _Result]) -> _Result:
     """Turn the hub's errors into ours, each with what to do."""
     at = f"{name}@{revision}" if revision else name
     try:
@@ -87,7 +87,7 @@ def _first_line(error: BaseException) -> str:
 
 def fetch_small_files(name: str, *, revision: str | None, token: str | None) -> tuple[Path, str]:
     """Download what is not weights; the folder and the commit it is of."""
-    folder = _asking(
+    folder = asking(
         name,
         revision,
         lambda: snapshot_download(
@@ -111,7 +111,7 @@ class HubShards:
         self.on_bytes: Callable[[int], None] = lambda num_bytes: None
 
     def _ask(self, what: str, ask: Callable[[], _Result]) -> _Result:
-        return _asking(f"{self._name}/{what}" if what else self._name, self._revision, ask)
+        return asking(f"{self._name}/{what}" if what else self._name, self._revision, ask)
 
     def _here(self, name: str) -> Path | None:
         """Where a file lies that needs no download."""

@@ -48,6 +48,25 @@ class TensorEntry:
     size_bytes: int
 
 
+def parse_header(header: bytes, name: str) -> dict[str, TensorEntry]:
+    """The tensors that the JSON after the eight bytes of length names; `SourceError` where it is damaged."""
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        return {key: _entry(value, 8 + len(header)) for key, value in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{name} has a damaged safetensors header: {error!r}") from error
+
+
+def _entry(value: dict[str, object], data_start: int) -> TensorEntry:
+    begin, end = value["data_offsets"]  # type: ignore[misc]
+    dtype = DTYPES[str(value["dtype"])]
+    shape = tuple(int(size) for size in value["shape"])  # type: ignore[attr-defined]
+    if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:  # type: ignore[has-type]
+        raise ValueError(f"shape {shape} does not take {end - begin} bytes")  # type: ignore[has-type]
+    return TensorEntry(dtype, shape, data_start + begin, end - begin)  # type: ignore[has-type]
+
+
 class ShardFile:
     """The tensors of one safetensors file, each read on its own or a few of its leading rows at a time."""
 
@@ -70,25 +89,11 @@ class ShardFile:
         header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise SourceError(f"{self.path} is not a safetensors file, or is truncated ({file_bytes} bytes)")
-        try:
-            header = json.loads(os.pread(self._fd, header_bytes, 8))
-            header.pop("__metadata__", None)
-            entries = {key: self._entry(value, 8 + header_bytes) for key, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{self.path} has a damaged safetensors header: {error!r}") from error
+        entries = parse_header(os.pread(self._fd, header_bytes, 8), str(self.path))
         end = max((entry.offset_bytes + entry.size_bytes for entry in entries.values()), default=0)
         if end > file_bytes:
             raise SourceError(f"{self.path} is truncated: {file_bytes} bytes of {end}; download it again")
         return entries
-
-    @staticmethod
-    def _entry(value: dict[str, object], data_start: int) -> TensorEntry:
-        begin, end = value["data_offsets"]  # type: ignore[misc]
-        dtype = DTYPES[str(value["dtype"])]
-        shape = tuple(int(size) for size in value["shape"])  # type: ignore[attr-defined]
-        if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:  # type: ignore[has-type]
-            raise ValueError(f"shape {shape} does not take {end - begin} bytes")  # type: ignore[has-type]
-        return TensorEntry(dtype, shape, data_start + begin, end - begin)  # type: ignore[has-type]
 
     def read(self, key: str, rows: slice | None = None) -> torch.Tensor:
         """A fresh tensor with all of ``key``, or with contiguous rows of its first dimension."""

@@ -16,7 +16,7 @@ from moe_offload._version import VERSION
 from moe_offload.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
 from moe_offload.offload.checkpoint.conversion import Checkpoint, ConversionPlan, ExpertParamSource, plan_conversion
 from moe_offload.offload.checkpoint.shard_file import DTYPE_NAMES
-from moe_offload.offload.checkpoint.shards import Shards
+from moe_offload.offload.checkpoint.shards import Shards, ShardSource
 from moe_offload.offload.checkpoint.source_quantization import Packed, codec_for
 from moe_offload.offload.checkpoint.sources import CheckpointSource, open_source
 from moe_offload.offload.checkpoint.transformers_loading import capture_skeleton
@@ -224,23 +224,23 @@ def _check_formats(format: str, dense_format: str) -> None:
         raise ConfigError(f"no dense format {dense_format!r}; there are: source, {', '.join(format_names())}")
 
 
-def _config_of(source: CheckpointSource) -> PreTrainedConfig:
+def _config_of(name: str, config_folder: Path) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source.config_folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(config_folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(f"transformers cannot build the model of {source.name}: {reason}") from error
+        raise UnsupportedModelError(f"transformers cannot build the model of {name}: {reason}") from error
 
 
-def plan_packing(source: CheckpointSource) -> ConversionPlan:
+def plan_packing(name: str, config_folder: Path, shard_source: ShardSource) -> ConversionPlan:
     """Everything that is known of a checkpoint before its weights are read."""
-    config = _config_of(source)
+    config = _config_of(name, config_folder)
     settings = getattr(config, "quantization_config", None)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the codec reads the quantised weights; the model is the plain one
-    skeleton = capture_skeleton(str(source.config_folder), config, _dtype_of(config))
+    skeleton = capture_skeleton(str(config_folder), config, _dtype_of(config))
     containers = find_expert_containers(skeleton.model)
-    shards = Shards(source.shards)
+    shards = Shards(shard_source)
     return plan_conversion(skeleton, containers, Checkpoint(shards, codec_for(shards, settings)))
 
 
@@ -278,7 +278,7 @@ def pack_model(
     folder = output or packs_dir() / pack_name(source, expert_format, dense_format)
     if _is_finished(folder, source, expert_format, dense_format):
         return folder
-    plan = plan_packing(source)
+    plan = plan_packing(source.name, source.config_folder, source.shards)
     formats = weight_formats(plan.containers, expert_format)
     if check is not None and not (source.is_quantized and expert_format == SOURCE):
         check(outline_pack(plan, expert_format, dense_format, SOURCE))

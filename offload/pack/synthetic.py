@@ -15,6 +15,7 @@ from moe_offload.offload.dense_linears import SOURCE, dense_linear_format
 from moe_offload.offload.experts.containers import ExpertContainer, find_expert_containers
 from moe_offload.offload.pack.manifest import LayerLayout, PackManifest
 from moe_offload.offload.pack.mixed import canonical, weight_formats
+from moe_offload.offload.pack.outline import dense_targets
 from moe_offload.offload.pack.writer import PackWriter
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.quant import get_format
@@ -123,17 +124,9 @@ def _rotated(layout: LayerLayout, blob: torch.Tensor, expert_idx: int) -> torch.
 def _dense(
     model: torch.nn.Module, containers: list[ExpertContainer], dense_format: str, generator: torch.Generator
 ) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
-    expert_targets = {
-        param.target.format(expert=expert_idx)
-        for container in containers
-        for param in container.params
-        for expert_idx in range(container.num_experts)
-    }
-    tied = set(getattr(model, "_tied_weights_keys", None) or {})
-    is_tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    for name, tensor in model.state_dict().items():
-        if name in expert_targets or (is_tied and name in tied):
-            continue
+    state = model.state_dict()
+    for name in dense_targets(model, containers):
+        tensor = state[name]
         shape = tuple(tensor.shape)
         if tensor.dim() >= 2:
             value = _random_weight(name, shape, torch.bfloat16, generator)
