@@ -32,7 +32,10 @@ class LoadedModel:
 
 
 def _check_containers(containers: Sequence[ExpertContainer], manifest: PackManifest) -> None:
-    """The model that transformers builds has the layers that the pack was made for."""
+    """The model that transformers builds has the layers that the pack was made for, and experts of the same shapes.
+
+    Kernels read as many numbers as a part's shape says, wherever they end.
+    """
     found = [(container.name, container.num_experts) for container in containers]
     packed = [(layer.module, layer.num_experts) for layer in manifest.layers]
     if found != packed:
@@ -41,6 +44,27 @@ def _check_containers(containers: Sequence[ExpertContainer], manifest: PackManif
             f"the model has expert layer {odd[0]}, the pack has {odd[1]}: it was made for another model "
             f"or another version of transformers; {REPACK}"
         )
+    for container, layer in zip(containers, manifest.layers, strict=True):
+        pieces: dict[str, list[tuple[int, ...]]] = {}  # ``name#0``, ``name#1``, ... are stacked by rows
+        for part in layer.parts:
+            pieces.setdefault(part.name.partition("#")[0], []).append(part.shape)
+        needed = {param.part: param.packed_shape for param in container.params}
+        for name in needed | pieces:
+            if needed.get(name) != _stacked(pieces.get(name, [])):
+                packed = " and ".join(map(str, pieces.get(name, [None])))
+                raise PackCorruptError(
+                    f"experts of {layer.module} have {name} of shape {needed.get(name)} in the model, and of {packed} "
+                    f"in the pack: it was made for another model; {REPACK}"
+                )
+
+
+def _stacked(pieces: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of a weight cut into pieces by rows; None where there are none, or no weight is cut like that."""
+    if len(pieces) == 1:
+        return pieces[0]
+    if len({shape[1:] for shape in pieces}) != 1 or not all(pieces):
+        return None
+    return sum(shape[0] for shape in pieces), *pieces[0][1:]
 
 
 def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:

@@ -232,6 +232,27 @@ def test_a_pack_for_another_model_is_refused(copy: Path) -> None:
     assert "made for another model" in str(refused(copy))
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        # of as many bytes, since rows are padded: kernels would read more numbers than there are
+        ("down_proj", lambda part: part.update(shape=[part["shape"][0], part["shape"][1] + 1])),
+        ("gate_up_proj", lambda part: part.update(shape=[part["shape"][0], part["shape"][1] + 1])),
+        ("other_proj", lambda part: part.update(name="other_proj")),
+    ],
+)
+def test_experts_of_other_shapes_are_refused(copy: Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
+    def change_one(manifest: dict[str, Any]) -> None:
+        parts = manifest["layers"][1]["parts"]
+        change(next((part for part in parts if part["name"] == name), parts[0]))
+
+    edit_manifest(copy, change_one)
+    error = refused(copy)
+    assert isinstance(error, PackCorruptError)
+    assert f"have {'gate_up_proj' if name == 'other_proj' else name} of shape (" in str(error)
+    assert "in the pack: it was made for another model" in str(error)
+
+
 def test_an_unfinished_pack_is_refused(copy: Path) -> None:
     (copy / "pack.json").rename(copy / "pack.journal")
     error = refused(copy)
