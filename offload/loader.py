@@ -51,9 +51,9 @@ def _check_containers(containers: Sequence[ExpertContainer], manifest: PackManif
         needed = {param.part: param.packed_shape for param in container.params}
         for name in needed | pieces:
             if needed.get(name) != _stacked(pieces.get(name, [])):
-                packed = " and ".join(map(str, pieces.get(name, [None])))
+                given = " and ".join(map(str, pieces.get(name, [None])))
                 raise PackCorruptError(
-                    f"experts of {layer.module} have {name} of shape {needed.get(name)} in the model, and of {packed} "
+                    f"experts of {layer.module} have {name} of shape {needed.get(name)} in the model, and of {given} "
                     f"in the pack: it was made for another model; {REPACK}"
                 )
 
