@@ -1,7 +1,6 @@
 """What a cache of any policy and size would have done in a recorded run."""
 
 import ctypes
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from moe_offload.cache.registry import policy_names
 from moe_offload.cache.replay_events import Counting, ReplayEvents, events_of, num_experts_of
 from moe_offload.cache.replay_python import BELADY
 from moe_offload.cache.replay_result import ReplayResult
+from moe_offload.cache.replay_timing import Lookahead, Rates, simulate_time
 from moe_offload.cache.trace import RoutingTrace
 from moe_offload.errors import ConfigError
 
@@ -26,28 +26,43 @@ def replay(
     *,
     policy: str | MakePolicy = "decay",
     num_slots: Slots | None = None,
+    pool_slots: int | None = None,
     counting: Counting = "run",
+    rates: Rates | None = None,
+    lookahead: Lookahead | None = None,
+    expert_bytes: int | Sequence[int] | None = None,
 ) -> ReplayResult:
     """What a cold cache would have counted.
 
     ``policy``: a name, ``"belady"`` for the optimum, or anything that makes a `Policy` of the layers' sizes, which
     runs in Python. ``num_slots``: of every layer, or one number for each; those of the recorded run where it is left
-    out. ``counting``: see `events_of`. ConfigError for sizes that no cache could have, and policies that there are not.
+    out. ``pool_slots``: of all layers together instead, where each layer keeps what one token asks for.
+    ``counting``: see `events_of`. With ``rates`` also the time, with what ``lookahead`` foresees brought ahead.
+    ``expert_bytes``: where the trace does not tell. ConfigError for what cannot be.
     """
     events = events_of(trace, counting)
-    slots = slots_by_layer(events, trace.num_slots if num_slots is None else num_slots)
-    counts, fetched = run(events, policy, slots)
+    sizes = _expert_bytes(events, trace.expert_bytes if expert_bytes is None else expert_bytes)
+    if pool_slots is None:
+        slots = slots_by_layer(events, trace.num_slots if num_slots is None else num_slots)
+        counts, fetched = run(events, policy, slots)
+    else:
+        slots = np.maximum(1, events.most_asked()).astype(np.int32)
+        counts, fetched = run_pool(events, policy, pool_slots, slots)
+    if lookahead is not None and rates is None:
+        raise ConfigError("whether a prefetch comes in time depends on the rates of the machine; give rates too")
+    time = None if rates is None else simulate_time(events, fetched, sizes, rates, lookahead or Lookahead())
     is_prefill = np.zeros(trace.num_tokens, np.bool_) if trace.phase is None else trace.phase == 0
     return ReplayResult(
-        policy if isinstance(policy, str) else getattr(policy, "__name__", "policy"),
-        tuple(slots.tolist()),
-        None,
-        snapshot(counts),
-        int((~is_prefill).sum()),
-        int(is_prefill.sum()),
-        None if trace.expert_bytes is None else tuple(trace.expert_bytes.tolist()),
-        events,
-        fetched,
+        policy=policy_label(policy),
+        num_slots=tuple(slots.tolist()),
+        pool_slots=pool_slots,
+        stats=snapshot(counts),
+        num_decode_tokens=int((~is_prefill).sum()),
+        num_prefill_tokens=int(is_prefill.sum()),
+        expert_bytes=sizes,
+        events=events,
+        fetched=fetched,
+        time=time,
     )
 
 
@@ -102,7 +117,7 @@ def run(
         counts = np.zeros((events.num_layers, 2, 5), np.int64)
         fetched = np.zeros(events.num_events, np.uint16)
         status = library.moe_cache_replay_layers(
-            ctypes.byref(native(events)),
+            ctypes.byref(events.native()),
             None if policy == BELADY else policy.encode(),
             num_slots.ctypes.data,
             counts.ctypes.data,
@@ -114,38 +129,54 @@ def run(
     if isinstance(policy, str):
         if policy not in replay_policies():
             raise ConfigError(f"unknown policy {policy!r}; choose one of: {', '.join(replay_policies())}")
-        say_slow()
+        replay_python.say_slow()
     return replay_python.run(events, policy, num_slots)
 
 
-def say_slow() -> None:
-    """Once a place, as warnings are: this runs in Python."""
-    warnings.warn(
-        "the compiled library of the cache was not built: replay runs in Python, a hundred times slower; "
-        "install a C++ compiler and install moe-offload again",
-        RuntimeWarning,
-        stacklevel=3,
+def run_pool(
+    events: ReplayEvents, policy: str | MakePolicy, pool_slots: int, floors: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
+    """As `run`, with one pool for all layers."""
+    library = kernels.library()
+    if library is None or policy not in (*kernels.policy_names(), BELADY):
+        raise ConfigError(
+            f"a pool takes policies of the compiled library of the cache, not {policy_label(policy)!r}; "
+            f"it has: {', '.join((*kernels.policy_names(), BELADY)) if library else 'nothing, as it was not built'}"
+        )
+    least, most = int(floors.sum()), int(events.num_experts.sum())
+    if not least <= pool_slots <= most:
+        raise ConfigError(
+            f"a pool of {pool_slots} slots: these layers need at least {least}, what one token asks all of them for, "
+            f"and have use for at most {most}"
+        )
+    counts = np.zeros((events.num_layers, 2, 5), np.int64)
+    fetched = np.zeros(events.num_events, np.uint16)
+    status = library.moe_cache_replay_pool(
+        ctypes.byref(events.native()),
+        None if policy == BELADY else str(policy).encode(),
+        pool_slots,
+        floors.ctypes.data,
+        counts.ctypes.data,
+        fetched.ctypes.data,
     )
+    if status:
+        raise MemoryError(f"no memory to replay {events.num_events} events")
+    return counts, fetched
 
 
-def native(events: ReplayEvents) -> kernels.Events:
-    """As the library takes them; valid while ``events`` is."""
+def policy_label(policy: str | MakePolicy) -> str:
+    return policy if isinstance(policy, str) else getattr(policy, "__name__", type(policy).__name__)
 
-    def address(array: npt.NDArray[np.generic] | None) -> int | None:
-        return None if array is None else array.ctypes.data
 
-    return kernels.Events(
-        address(events.kind),
-        address(events.is_prefill),
-        address(events.layer_idx),
-        address(events.begin),
-        address(events.expert_ids),
-        address(events.weights),
-        address(events.token_ids),
-        address(events.num_experts),
-        events.num_events,
-        events.num_layers,
-    )
+def _expert_bytes(
+    events: ReplayEvents, expert_bytes: int | Sequence[int] | npt.NDArray[np.int64] | None
+) -> tuple[int, ...] | None:
+    if expert_bytes is None:
+        return None
+    sizes: list[int] = np.array(expert_bytes, np.int64).reshape(-1).tolist()
+    if len(sizes) not in (1, events.num_layers) or min(sizes) < 0:
+        raise ConfigError(f"sizes of experts must be one for all layers, or one for each of {events.num_layers}")
+    return tuple(sizes * events.num_layers if len(sizes) == 1 else sizes)
 
 
 def snapshot(counts: npt.NDArray[np.int64]) -> StatsSnapshot:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from moe_offload.cache import kernels
 from moe_offload.cache.trace import Array, EventKind, RoutingTrace
 from moe_offload.errors import ConfigError
 
@@ -44,6 +45,25 @@ class ReplayEvents:
     def always_admits(self) -> bool:
         """Whether every step evicts for all of its experts."""
         return not (self.kind == EventKind.ACQUIRE_IF_HOTTER).any()
+
+    def native(self) -> kernels.Events:
+        """As the library takes them; valid while these arrays are."""
+
+        def address(array: npt.NDArray[Any] | None) -> int | None:
+            return None if array is None else array.ctypes.data
+
+        return kernels.Events(
+            address(self.kind),
+            address(self.is_prefill),
+            address(self.layer_idx),
+            address(self.begin),
+            address(self.expert_ids),
+            address(self.weights),
+            address(self.token_ids),
+            address(self.num_experts),
+            self.num_events,
+            self.num_layers,
+        )
 
     def most_asked(self) -> npt.NDArray[np.int64]:
         """By layer, the most experts of one step that evicts for all of them: with fewer slots some are bypassed."""

@@ -1,5 +1,6 @@
 """Replay where no library was built, or with a policy that it does not have: the running cache itself, in Python."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from math import inf
@@ -47,6 +48,16 @@ class BeladyPolicy:
         """The future is known already."""
 
 
+def say_slow() -> None:
+    """Once a place, as warnings are: replay runs here."""
+    warnings.warn(
+        "the compiled library of the cache was not built: replay runs in Python, a hundred times slower; "
+        "install a C++ compiler and install moe-offload again",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def run(
     events: ReplayEvents, policy: str | Callable[[Sequence[int]], Policy], num_slots: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
@@ -83,3 +94,20 @@ def run(
     layer_stats = cache.stats.snapshot().layers
     counts = [[astuple(layer.prefill), astuple(layer.decode)] for layer in layer_stats]
     return np.array(counts, np.int64), fetched
+
+
+def stack_distances(events: ReplayEvents) -> npt.NDArray[np.int64]:
+    """As `moe_offload.cache.replay_curves.stack_distances`."""
+    most = int(events.num_experts.max())
+    found = np.zeros((events.num_layers, 2, most + 1), np.int64)
+    stacks: list[list[int]] = [[] for _ in range(events.num_layers)]  # the most recent first
+    begins, experts = events.begin.tolist(), events.expert_ids.tolist()
+    for index, (layer_idx, is_prefill) in enumerate(
+        zip(events.layer_idx.tolist(), events.is_prefill.tolist(), strict=True)
+    ):
+        stack, asked = stacks[layer_idx], experts[begins[index] : begins[index + 1]]
+        for expert_idx in asked:
+            depth = stack.index(expert_idx) if expert_idx in stack else most
+            found[layer_idx, 1 - is_prefill, depth] += 1
+        stacks[layer_idx] = asked + [expert_idx for expert_idx in stack if expert_idx not in asked]
+    return found

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from moe_offload.cache.counts import LayerStats, Phase, StatsSnapshot
 from moe_offload.cache.replay_events import ReplayEvents
+from moe_offload.cache.replay_timing import SimulatedTime
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +23,7 @@ class ReplayResult:
     expert_bytes: tuple[int, ...] | None  # by layer, where the trace tells
     events: ReplayEvents
     fetched: npt.NDArray[np.uint16]  # by event: experts that were not resident, with or without getting a slot
+    time: SimulatedTime | None  # where rates were given
 
     @property
     def total_slots(self) -> int:
@@ -32,12 +34,23 @@ class ReplayResult:
         return self.stats.decode.hit_ratio if phase == "decode" else self.stats.prefill.hit_ratio
 
     def layer_bytes(self, phase: Phase = "decode") -> tuple[int, ...] | None:
-        """Bytes that were fetched, by layer; None where the trace does not tell how large experts are."""
+        """Bytes that were fetched, by layer; None where it is not known how large experts are.
+
+        In decode with what was prefetched for nothing, where the time was simulated.
+        """
         if self.expert_bytes is None:
             return None
-        return tuple(
-            _fetched(layer, phase) * size for layer, size in zip(self.stats.layers, self.expert_bytes, strict=True)
-        )
+        fetched = [_fetched(layer, phase) for layer in self.stats.layers]
+        if self.time is not None and phase == "decode":
+            fetched = [num + counts.wasted for num, counts in zip(fetched, self.time.prefetch, strict=True)]
+        return tuple(num * size for num, size in zip(fetched, self.expert_bytes, strict=True))
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of a decode token; None without rates."""
+        if self.time is None or not self.num_decode_tokens:
+            return None
+        return self.time.decode_s / self.num_decode_tokens
 
     @property
     def bytes_per_token(self) -> float | None:
