@@ -13,7 +13,7 @@ from profile_samples import bare_sample_report, large_sample_report, sample_repo
 from moe_offload.offload.profiling.charts.heat_map import LEVELS, level_of
 from moe_offload.offload.profiling.page import render
 from moe_offload.offload.profiling.report import ProfileReport
-from moe_offload.offload.profiling.sections import Missing, Usage
+from moe_offload.offload.profiling.sections import Missing, StepSeries, Usage
 
 SIDE = 1000.0
 # Coordinates are written with two decimals.
@@ -81,7 +81,7 @@ def test_headline_has_the_numbers_of_the_header(report: ProfileReport, page: Ele
         for name in ("tokens_per_s", "time_to_first_token_s", "hit_ratio_decode", "disk_bytes_per_token", "stall_share")
     }
     assert float(chart(page, "bound")["data-value"]) == report.header.bound.share
-    assert report.levers.next in page.one(class_="lever").full_text()
+    assert page.one(class_="lever-sentence").full_text() == report.levers.next
     assert [float(each["data-gain"]) for each in page.one(class_="levers").all("li")] == [
         lever.gain for lever in report.levers.levers
     ]
@@ -187,8 +187,11 @@ def test_heat_maps_are_those_of_the_report(report: ProfileReport, page: Element)
             for pair in zip(usage.hits, usage.requests, strict=True)
         ],
         "residency": [
-            [sum(int(frame[layer][expert]) for frame in frames) / 9 / len(frames) for expert in range(8)]
-            for layer in range(6)
+            [
+                sum(int(frame[layer][expert]) for frame in frames) / 9 / len(frames)
+                for expert in range(len(frames[0][layer]))
+            ]
+            for layer in range(len(frames[0]))
         ],
     }
     for name, expected in fields.items():
@@ -203,10 +206,13 @@ def test_heat_maps_are_those_of_the_report(report: ProfileReport, page: Element)
 
 
 def test_coactivation_maps_are_those_of_the_report(report: ProfileReport, page: Element):
-    (each,) = report.experts.coactivation.maps
-    of = chart(page, f"coactivation-{each.layer}")
-    assert [numbers(group["data-values"]) for group in of.all("g", "cells")] == [list(row) for row in each.probability]
-    assert cells(of) == painted_as(each.probability, max(map(max, each.probability)))
+    maps = report.experts.coactivation.maps
+    highest = max(max(map(max, each.probability)) for each in maps)
+    for each in maps:
+        of = chart(page, f"coactivation-{each.layer}")
+        shown = [numbers(group["data-values"]) for group in of.all("g", "cells")]
+        assert shown == [list(row) for row in each.probability]
+        assert cells(of) == painted_as(each.probability, highest)
 
 
 @pytest.mark.parametrize(("value", "level"), [(0.0, 0), (0.0999, 0), (0.1, 1), (0.999, 9), (1.0, 9), (5.0, 9)])
@@ -318,12 +324,55 @@ def test_says_what_is_missing():
     report = bare_sample_report()
     page = parse(render(report))
     sections = {each["id"]: each for each in page.all("section")}
-    assert sections["time"].one(class_="missing").text == "the trace has no times"
-    assert sections["prediction"].one(class_="missing").text == "the trace has no predictions"
-    assert "the trace has no outcomes" in page.one(class_="not-told").full_text()
+    reasons = {each.section: each.reason for each in report.missing}
+    for name, section in (("timing", "time"), ("prediction", "prediction")):
+        assert sections[section].one(class_="missing").text == reasons[name]
     for section in sections.values():
         assert section.all("figure") or section.all(class_="missing")
-    assert page.one(figure="tokens_per_s")["data-value"] == "null"
+    assert not [each for each in page.walk() if "data-figure" in each.attributes]
+    words = page.full_text()
+    assert all(reason in words for reason in reasons.values())
+
+
+def test_says_once_why_figures_of_the_header_are_missing():
+    both = (Missing("stall_share", "no times"), Missing("tokens_per_s", "no times"), Missing("bound", "no rates"))
+    page = parse(render(replace(sample_report(), missing=both)))
+    assert [each.text for each in page.one("details", "not-told").all("li")] == [
+        "Waiting for experts, Decoding: no times",
+        "Distance from the bound: no rates",
+    ]
+
+
+def test_options_of_the_command_line_stand_out(report: ProfileReport):
+    levers = replace(report.levers, next="Two more slots & a disk: --ram 2.5GiB --prefetch off.")
+    sentence = parse(render(replace(report, levers=levers))).one("p", "lever-sentence")
+    assert [each.text for each in sentence.all("code")] == ["--ram 2.5GiB", "--prefetch off"]
+    assert sentence.full_text().startswith("Two more slots & a disk:")
+
+
+@pytest.mark.parametrize("num_steps", [30, 400, 401, 5000])
+def test_a_strip_has_no_more_columns_than_a_screen_can_show(report: ProfileReport, num_steps: int):
+    wait_s = tuple(0.001 * (step % 7) for step in range(num_steps))
+    same = dict.fromkeys(("requests", "num_tokens", "num_steps"), (1,) * num_steps)
+    steps = StepSeries(
+        steps_per_point=1,
+        first_step=tuple(range(num_steps)),
+        sequence=tuple(step // 1000 for step in range(num_steps)),
+        phase=("decode",) * num_steps,
+        **same,
+        **dict.fromkeys(("hits", "late", "misses", "wall_s", "dense_s", "router_s", "experts_s", "other_s")),
+        wait_s=wait_s,
+    )
+    of = chart(parse(render(replace(report, steps=steps))), "token-wait")
+    drawn = of.all("g", "column")
+    together = -(-num_steps // 400)
+    assert len(drawn) == -(-num_steps // together) <= 400
+    assert [float(each["data-x"]) for each in drawn] == list(range(0, num_steps, together))
+    assert [numbers(each["data-values"])[0] for each in drawn] == NEAR(
+        [sum(part) / len(part) for first in range(0, num_steps, together) if (part := wait_s[first : first + together])]
+    )
+    last = drawn[-1].all("rect")[0]
+    assert float(last["x"]) + float(last["width"]) == NEAR(SIDE, abs=0.02)
 
 
 def test_a_large_model_stays_small_and_says_what_was_summed_up():
@@ -336,7 +385,7 @@ def test_a_large_model_stays_small_and_says_what_was_summed_up():
         usage=Usage(rows, rows, rows, rows, None),
     )
     text = render(large)
-    assert len(text) < 4e6
+    assert len(text) < 3.5e6
     page = parse(text)
     uses = chart(page, "heat-uses")
     assert uses["data-per-row"] == "2"
@@ -345,4 +394,3 @@ def test_a_large_model_stays_small_and_says_what_was_summed_up():
     ]
     notes = " ".join(each.full_text() for each in page.all(class_="note"))
     assert "mean of 2 neighbouring experts" in notes
-    assert f"mean of up to {report.steps.steps_per_point} consecutive steps" in notes

@@ -18,16 +18,22 @@ def level_of(value: float, highest: float) -> int:
 
 
 def heat_map(
-    fields: Sequence[Sequence[float | None]], x: Axis, y: Axis, *, highest: float, tips: Sequence[str]
+    fields: Sequence[Sequence[float | None]],
+    x: Axis,
+    y: Axis,
+    *,
+    highest: float,
+    tips: Sequence[str],
+    gaps: bool = True,
 ) -> Markup:
-    """Column i of the drawing is ``fields[i]``, from the bottom up, its numbers in ``data-values``; None is unknown.
+    """Column i of the drawing is ``fields[i]``, bottom up, with its numbers in ``data-values``; None is unknown.
 
     A column is one path for each colour rather than one element for each cell: 94 layers of 256 experts stay small.
     """
     drawn = (
         _column(index, values, x, y, highest, tip) for index, (values, tip) in enumerate(zip(fields, tips, strict=True))
     )
-    return joined([*drawn, *_mesh(x, y)])
+    return joined([*drawn, *(_mesh(x, y) if gaps else ())])
 
 
 def _mesh(x: Axis, y: Axis) -> list[Markup]:

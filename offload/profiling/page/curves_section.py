@@ -50,7 +50,12 @@ def _place(point: CurvePoint) -> str:
 
 def _chart(curves: Curves) -> Figure:
     every = curves.curves
-    x = exact_axis("share of the experts that have a slot", 0.0, 1.0, in_unit(0.01, "%"), ticks=5)
+    whole = max(
+        (curve.resident_bytes[-1] for curve in every if curve.resident_bytes and curve.resident_share[-1] == 1),
+        default=None,
+    )
+    of = "" if whole is None else f" (all of them: {size(whole)})"
+    x = exact_axis(f"share of the experts that have a slot{of}", 0.0, 1.0, in_unit(0.01, "%"), ticks=5)
     lowest = min(min(curve.hit_ratio) for curve in every)
     y = number_axis("hit ratio in decode", 1.0, in_unit(0.01, "%"), low=min(lowest, 0.9))
     drawn = [

@@ -1,9 +1,10 @@
 """What the page says first: the figures of the run, and what to change next."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from moe_offload.offload.profiling.charts.markup import element
 from moe_offload.offload.profiling.page.numbers import (
@@ -18,6 +19,17 @@ from moe_offload.offload.profiling.page.numbers import (
 from moe_offload.offload.profiling.report import ProfileReport
 from moe_offload.offload.profiling.sections import Lever
 
+TITLES = {
+    "tokens_per_s": "Decoding",
+    "time_to_first_token_s": "Time to first token",
+    "hit_ratio_decode": "Hit ratio in decode",
+    "hit_ratio_prefill": "Hit ratio in prefill",
+    "disk_bytes_per_token": "Read from disk",
+    "pcie_bytes_per_token": "Over PCIe",
+    "stall_share": "Waiting for experts",
+    "bound": "Distance from the bound",
+    "levers": "Next best lever",
+}
 RESOURCE = {"disk": "the disk", "memory": "memory", "pcie": "the link to the GPU"}
 
 
@@ -42,7 +54,7 @@ class Headline:
     cards: tuple[Card, ...]
     exact: bool | None
     exactness: str
-    next_lever: str
+    next_lever: Markup
     levers: tuple["LeverRow", ...]
     levers_model: str
 
@@ -52,6 +64,7 @@ class LeverRow:
     """One lever, with a bar as long as its gain is large beside the largest."""
 
     lever: Lever
+    sentence: Markup
     gain: str
     tokens_per_s: str
     bar: Markup
@@ -60,7 +73,9 @@ class LeverRow:
 def headline(report: ProfileReport) -> Headline:
     """The header of the page."""
     header, levers = report.header, report.levers
-    speed = Card("tokens_per_s", "Decoding", three_digits(header.tokens_per_s), "tok/s", header.tokens_per_s)
+    speed = Card(
+        "tokens_per_s", TITLES["tokens_per_s"], three_digits(header.tokens_per_s), "tok/s", header.tokens_per_s
+    )
     return Headline(
         tuple(_facts(report)),
         speed,
@@ -68,7 +83,7 @@ def headline(report: ProfileReport) -> Headline:
         tuple(_cards(report)),
         header.exactness.lossless,
         header.exactness.text,
-        levers.next if levers else "",
+        with_options(levers.next if levers else ""),
         tuple(_lever_rows(levers.levers if levers else ())),
         levers.model if levers else "",
     )
@@ -87,49 +102,26 @@ def _facts(report: ProfileReport) -> Iterator[str]:
         yield f"policy {run.policy}"
     if run.prefetch:
         yield f"prefetch {run.prefetch}"
-    yield f"{count(run.decode_tokens)} tokens decoded after {count(run.prefill_tokens)} read"
+    read = f" after {count(run.prefill_tokens)} read" if run.prefill_tokens else ""
+    yield f"{count(run.decode_tokens)} tokens decoded{read}"
     if run.recorded_at:
         yield run.recorded_at[:10]
 
 
-def _cards(report: ProfileReport) -> list[Card]:
+def _cards(report: ProfileReport) -> Iterator[Card]:
     header = report.header
-    step = f"median step {duration(header.median_step_s)}" if header.median_step_s is not None else ""
-    prefill = f"prefill {percent(header.hit_ratio_prefill)}" if header.hit_ratio_prefill is not None else ""
-    cards = [
-        Card(
-            "time_to_first_token_s",
-            "Time to first token",
-            duration(header.time_to_first_token_s),
-            step,
-            header.time_to_first_token_s,
-        ),
-        Card(
-            "hit_ratio_decode",
-            "Hit ratio in decode",
-            percent(header.hit_ratio_decode),
-            prefill,
-            header.hit_ratio_decode,
-        ),
-        Card(
-            "disk_bytes_per_token",
-            "Read from disk",
-            size(header.disk_bytes_per_token),
-            "a token",
-            header.disk_bytes_per_token,
-        ),
-        Card("stall_share", "Waiting for experts", percent(header.stall_share), "of decoding", header.stall_share),
-    ]
-    if header.pcie_bytes_per_token is not None:
-        pcie = Card(
-            "pcie_bytes_per_token",
-            "Over PCIe",
-            size(header.pcie_bytes_per_token),
-            "a token",
-            header.pcie_bytes_per_token,
-        )
-        cards.insert(3, pcie)
-    return cards
+    step = "" if header.median_step_s is None else f"median step {duration(header.median_step_s)}"
+    prefill = "" if header.hit_ratio_prefill is None else f"prefill {percent(header.hit_ratio_prefill)}"
+    for name, write, beside in (
+        ("time_to_first_token_s", duration, step),
+        ("hit_ratio_decode", percent, prefill),
+        ("disk_bytes_per_token", size, "a token"),
+        ("pcie_bytes_per_token", size, "a token"),
+        ("stall_share", percent, "of decoding"),
+    ):
+        number: float | None = getattr(header, name)
+        if number is not None:
+            yield Card(name, TITLES[name], write(number), beside, number)
 
 
 def _gauge(report: ProfileReport) -> Markup:
@@ -164,9 +156,15 @@ def _lever_rows(levers: tuple[Lever, ...]) -> list[LeverRow]:
     return [
         LeverRow(
             lever,
+            with_options(lever.sentence),
             signed_percent(lever.gain),
             three_digits(lever.tokens_per_s),
             element("i", style=f"width:{100 * max(0.0, lever.gain) / largest if largest > 0 else 0:.1f}%"),
         )
         for lever in levers
     ]
+
+
+def with_options(sentence: str) -> Markup:
+    """The sentence, with options of the command line set as what they are: "--ram 8GiB"."""
+    return Markup(re.sub(r"(--[a-z][a-z-]*(?: [\w.:]*\w)?)", r"<code>\1</code>", str(escape(sentence))))

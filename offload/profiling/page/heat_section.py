@@ -121,7 +121,7 @@ def _panel(report: ProfileReport, view: View, per_row: int) -> Markup:
         heat_map(view.cells, x, y, highest=view.highest, tips=tips),
         x=x,
         y=y,
-        height=min(520, max(200, 20 * rows)),
+        height=min(460, max(180, 14 * rows)),
         summary=f"{view.title} of {rows} rows of experts in {len(view.cells)} layers",
         data={"unit": view.unit, "per_row": str(per_row), "first_layer": str(first)},
     )

@@ -30,8 +30,8 @@ def _finding(layers: tuple[LayerFigures, ...]) -> str:
         return f"No layer starves; the lowest hit ratio is {percent(worst.hit_ratio)}, in layer {worst.layer}."
     names = ", ".join(str(layer.layer) for layer in starving[:12]) + (" and others" if len(starving) > 12 else "")
     share = sum(layer.miss_share or 0.0 for layer in starving)
-    many = "layer starves" if len(starving) == 1 else "layers starve"
-    return f"{len(starving)} {many} ({names}) with {percent(share, 0)} of all misses."
+    who = f"Layer {names} starves" if len(starving) == 1 else f"{len(starving)} layers starve ({names})"
+    return f"{who}, with {percent(share, 0)} of all misses."
 
 
 def _hit_ratios(layers: tuple[LayerFigures, ...]) -> Iterator[Figure]:

@@ -51,8 +51,8 @@ def _by_layer(report: ProfileReport, prediction: Prediction) -> Iterator[Figure]
     drawn, legend = [], []
     for index, distance in enumerate(prediction.distances):
         for kind, name, ratios in (
-            ("precision", "precision", prediction.layer_precision),
             ("recall", "recall", prediction.layer_recall),
+            ("precision", "precision", prediction.layer_precision),
         ):
             style = f"{kind}-{min(index + 1, 3)}"
             label = f"{name}, {distance} ahead"

@@ -34,8 +34,8 @@ def routing_section(report: ProfileReport, missing: tuple[str, ...]) -> Section:
     if experts.coactivation is not None:
         figures += [
             *_foreseen(experts.coactivation, report),
-            *_maps(experts.coactivation),
             *_pairs(experts.coactivation),
+            *_maps(experts.coactivation),
         ]
     return Section("routing", "What the routing is like", _finding(report), tuple(figures), missing)
 
@@ -171,6 +171,7 @@ def _foreseen(coactivation: Coactivation, report: ProfileReport) -> Iterator[Fig
         "The share of a layer's experts that a table of frequencies names, learnt on the first half of the run and "
         "scored on the second. Only what lies above the lower line comes from the layer before.",
         tuple((f"line-{kind}", name) for kind, name, _ in named),
+        half=True,
     )
 
 
@@ -184,7 +185,6 @@ def _maps(coactivation: Coactivation) -> Iterator[Figure]:
         "For each expert of a layer (columns), how likely each of the next layer (rows) is chosen for the same "
         f"token; the strongest colour is {percent(highest)}. Single strong cells are pairs worth prefetching "
         "together. Of large layers only the busiest experts are shown.",
-        half=True,
     )
 
 
@@ -200,7 +200,7 @@ def _map(each: CoactivationMap, highest: float) -> Markup:
     summary = f"Co-activation of layers {each.layer} and {each.next_layer}"
     return frame(
         f"coactivation-{each.layer}",
-        heat_map(each.probability, x, y, highest=highest, tips=tips),
+        heat_map(each.probability, x, y, highest=highest, tips=tips, gaps=len(each.experts) <= 16),
         x=x,
         y=y,
         summary=summary,

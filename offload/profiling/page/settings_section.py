@@ -13,16 +13,20 @@ def settings_section(report: ProfileReport, missing: tuple[str, ...]) -> Section
     """Three tables: what was set, what went through, on which machine."""
     run = report.run
     figures = (
-        Figure("Settings", table(["", ""], list(_settings(run))), "What the run was asked to do.", half=True),
+        Figure("Settings", table(["", ""], _known(_settings(run))), "What the run was asked to do.", half=True),
         Figure(
             "Machine",
-            table(["", ""], list(_machine(run))),
+            table(["", ""], _known(_machine(run))),
             "Rates are what the bound and the levers are computed from.",
             half=True,
         ),
         *_sequences(run),
     )
     return Section("settings", "Settings and machine", "", figures, missing)
+
+
+def _known(rows: Iterator[list[str]]) -> list[list[str]]:
+    return [row for row in rows if row[1] != UNKNOWN]
 
 
 def _settings(run: RunFacts) -> Iterator[list[str]]:
@@ -93,7 +97,7 @@ def _sequences(run: RunFacts) -> Iterator[Figure]:
     )
 
 
-MOST_SEQUENCES = 40
+MOST_SEQUENCES = 12
 
 
 def _rate(bytes_per_s: float | None) -> str:

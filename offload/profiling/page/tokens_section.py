@@ -93,9 +93,6 @@ def _outcomes(report: ProfileReport, strip: DecodeStrip) -> Iterator[Figure]:
 
 
 def _sequence_marks(strip: DecodeStrip) -> tuple[Mark, ...]:
-    """Where another sequence begins, unless there are too many to be told apart."""
-    sequences = [strip.steps.sequence[point] for point in strip.points]
-    begins = [
-        begin for begin, this, before in zip(strip.begin[1:], sequences[1:], sequences, strict=False) if this != before
-    ]
+    """Where another prompt begins, unless there are too many to be told apart."""
+    begins = strip.sequence_begins()
     return tuple(Mark("sequence", begin) for begin in begins) if len(begins) < MOST_SEQUENCES else ()
