@@ -54,6 +54,12 @@ CARDS = {
     "deepseek-v2-lite": (15.7, 26, 64, 6),
     "gpt-oss-20b": (20.9, 24, 32, 4),
     "olmoe-1b-7b": (6.9, 16, 64, 8),
+    "mixtral-8x22b": (140.6, 56, 8, 2),
+    "qwen3-235b-a22b": (235.1, 94, 128, 8),
+    "qwen3.5-35b-a3b": (34.7, 40, 256, 8),
+    "gpt-oss-120b": (116.8, 36, 128, 4),
+    "deepseek-v3": (671.0, 58, 256, 8),
+    "kimi-k2": (1026.4, 60, 384, 8),
 }
 
 
@@ -76,10 +82,10 @@ def test_a_preset_has_the_size_of_its_model(name):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_the_numbers_of_a_preset_can_be_changed(name):
-    config = preset_config(name, layers=3, experts=4, top_k=2, vocab=1000)
+    config = preset_config(name, layers=4, experts=4, top_k=2, vocab=1000)
     assert config.vocab_size == 1000
     assert all(value is None or value < 1000 for value in (config.pad_token_id, config.eos_token_id))
-    assert config.num_hidden_layers == 3
+    assert config.num_hidden_layers == 4
     assert experts_per_token(config) == 2
     assert Shape(name).expert_format == PUBLISHED_FORMATS.get(name, "nf4")
 

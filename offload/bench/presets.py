@@ -135,8 +135,8 @@ _OVERRIDES = {
 
 
 def preset_names() -> tuple[str, ...]:
-    """What ``--like`` offers."""
-    return tuple(PRESETS)
+    """What ``--like`` offers: those that answer a prompt without an encoder."""
+    return tuple(name for name, values in PRESETS.items() if values["model_type"] != "switch_transformers")
 
 
 def preset_config(
