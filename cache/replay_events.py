@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +74,10 @@ class ReplayEvents:
         return most
 
 
+# One trace is replayed many times.
+_made: WeakKeyDictionary[RoutingTrace, dict[Counting, ReplayEvents]] = WeakKeyDictionary()
+
+
 def events_of(trace: RoutingTrace, counting: Counting = "run") -> ReplayEvents:
     """The events of a trace; ConfigError if there are none, or experts that their layer does not have.
 
@@ -80,6 +85,13 @@ def events_of(trace: RoutingTrace, counting: Counting = "run") -> ReplayEvents:
     an event of each layer, and so is every prompt (every forward pass of it, where the trace tells), which evicts only
     what is colder. ``"token"``: every token is an event and evicts for all its experts, as published figures count.
     """
+    made = _made.setdefault(trace, {})
+    if counting not in made:
+        made[counting] = _events_of(trace, counting)
+    return made[counting]
+
+
+def _events_of(trace: RoutingTrace, counting: Counting) -> ReplayEvents:
     num_experts = num_experts_of(trace)
     if counting == "run" and trace.event_kind is not None:
         events = _recorded(trace, num_experts)

@@ -13,6 +13,13 @@ def policies() -> tuple[str, ...]:
     return tuple(policy_names())
 
 
+def replay_policies() -> tuple[str, ...]:
+    """The names of the policies that replay knows, the optimum last."""
+    from moe_offload.cache.replay import replay_policies
+
+    return replay_policies()
+
+
 def presets() -> tuple[str, ...]:
     """The shapes that ``bench --like`` offers."""
     from moe_offload.offload.bench.presets import preset_names

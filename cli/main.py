@@ -23,6 +23,9 @@ COMMANDS = {
     "bench": LazyCommand(
         "moe_offload.cli.bench:bench", "Measure decoding under a budget, beside what this machine allows."
     ),
+    "replay": LazyCommand(
+        "moe_offload.cli.replay:replay", "Tell from recorded routing what other caches would have done."
+    ),
     "doctor": LazyCommand(
         "moe_offload.cli.doctor:doctor", "Look over this machine: memory, speeds, versions, kernels."
     ),

@@ -77,6 +77,24 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not a rate; write it as 3.5GB/s or 800MB/s", param, ctx)
 
 
+class SlotsType(click.ParamType):  # type: ignore[type-arg]
+    """Slots of each layer: 16, or a share of its experts: 25%."""
+
+    name = "n|share"
+
+    def convert(
+        self, value: str | int | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        if not isinstance(value, str):
+            return value
+        number, is_share = value.strip().removesuffix("%"), value.strip().endswith("%")
+        if not number.replace(".", "", int(is_share)).isdecimal() or not 0 < float(number) <= (
+            100 if is_share else 1e6
+        ):
+            self.fail(f"{value!r} is not a number of slots; write 16, or 25% of the experts", param, ctx)
+        return float(number) / 100 if is_share else int(number)
+
+
 class SharesType(click.ParamType):  # type: ignore[type-arg]
     """Shares of the experts: 25%,50%,100%."""
 
