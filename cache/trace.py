@@ -180,8 +180,10 @@ class RoutingTrace:
             array = getattr(self, name)
             if array is not None and bound is not None and array.size and (array.min() < 0 or array.max() >= bound):
                 raise ConfigError(f"{name} of a trace must lie in 0..{bound - 1}")
+        if self.event_size is not None and self.event_size.size and self.event_size.min() < 0:
+            raise ConfigError("event_size of a trace must not be negative")
         if self.event_size is not None and self.event_experts is not None:
-            given = int(self.event_size.clip(0).sum(dtype=np.int64))
+            given = int(self.event_size.sum(dtype=np.int64))
             if given != len(self.event_experts):
                 raise ConfigError(
                     f"the events of a trace name {given} experts, event_experts has {len(self.event_experts)}"

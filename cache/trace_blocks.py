@@ -8,6 +8,7 @@ import numpy as np
 from moe_offload.cache.trace import LAYOUT, Array, Outcome, RoutingTrace
 from moe_offload.errors import ConfigError
 
+OF_THE_ROW = -1  # the size of an event of a piece whose experts and weights are those of its token
 # The first axes along which a trace grows; everything else is said once.
 _GROWING = ("tokens", "steps", "transfers", "events", "experts of events")
 _ALONGSIDE = {"tokens": "experts", "steps": "step_us"}  # which array tells how many a piece has
@@ -33,7 +34,33 @@ def join_blocks(blocks: Iterable[Mapping[str, Array]], meta: Mapping[str, Any]) 
             del arrays[name]
     if "predicted" in arrays:
         arrays["distance"] = np.arange(1, arrays["predicted"].shape[2] + 1, dtype=np.int16)
+    if "event_size" in arrays:
+        _spell_out(arrays)
     return RoutingTrace(meta=meta, **arrays)
+
+
+def _spell_out(arrays: dict[str, Array]) -> None:
+    """Give every event its experts: pieces leave out those that a token's own row says."""
+    size, experts, probs = arrays["event_size"], arrays["experts"], arrays.get("probs")
+    told = size == OF_THE_ROW
+    token, layer = arrays["event_token"][told], arrays["event_layer"][told]
+    bad = (token < 0) | (token >= len(experts)) | (layer < 0) | (layer >= experts.shape[1])
+    if probs is None or bad.any() or int(size.clip(0).sum(dtype=np.int64)) != len(arrays["event_experts"]):
+        raise ConfigError("the events of a trace do not fit its tokens")
+    rows = experts[token, layer]
+    known = rows >= 0
+    whole = size.astype(np.int64)
+    whole[told] = known.sum(axis=1)
+    is_told = np.repeat(told, whole)
+    for name, stored, of_rows in (
+        ("event_experts", np.int16, rows),
+        ("event_weights", np.float32, probs[token, layer]),
+    ):
+        spelled = np.empty(len(is_told), stored)
+        spelled[~is_told] = arrays[name]
+        spelled[is_told] = of_rows[known]
+        arrays[name] = spelled
+    arrays["event_size"] = whole.astype(np.int32)
 
 
 def _joined(name: str, dtype: str, axes: tuple[str, ...], pieces: list[Mapping[str, Array]]) -> Array:

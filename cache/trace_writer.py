@@ -1,8 +1,8 @@
 """A trace on its way to disk: frames appended to ``FILE.partial``, which becomes the ``.npz`` when it is closed."""
 
 import os
-from collections.abc import Mapping
-from logging import getLogger
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,12 @@ from moe_offload.cache.trace_file import PARTIAL_SUFFIX, read_trace, write_trace
 from moe_offload.cache.trace_frames import encode_frame, file_header
 from moe_offload.errors import ConfigError
 
-_log = getLogger(__name__)
-
 
 class TraceWriter:
     """Appends pieces of a trace; each survives the process as soon as `write` returns. One thread at a time.
 
-    A disk that fails or is full ends the trace with a warning, and never raises: what was written until then stays in
-    the ``.partial``.
+    A disk that fails or is full ends the trace: ``failure`` says why, nothing is raised, and what was written until
+    then stays in the ``.partial``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -36,12 +34,12 @@ class TraceWriter:
             ) from error
         except OSError as error:
             raise ConfigError(f"the trace {path} cannot be written: {error.strerror or error}") from error
-        self._failed = False
+        self.failure: str | None = None
         self._append(file_header())
 
     def write(self, arrays: Mapping[str, Array], meta: Mapping[str, Any] | None = None) -> None:
         """Append a piece; ``meta`` replaces what was said before."""
-        if not self._failed:
+        if self.failure is None:
             self._append(encode_frame(arrays, meta))
 
     def _append(self, data: bytes) -> None:
@@ -50,26 +48,34 @@ class TraceWriter:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            self._fail(error.strerror or str(error))
-
-    def _fail(self, reason: str) -> None:
-        self._failed = True
-        _log.warning("the trace ends here: %s cannot be written: %s", self.partial_path, reason)
+            self.failure = f"{self.partial_path} cannot be written: {error.strerror or error}"
 
     def close(self) -> None:
         """Turn what was written into the ``.npz``; the ``.partial`` stays where that fails. May be called twice."""
         if self._file.closed:
             return
         self._file.close()
-        if self._failed:
+        if self.failure is not None:
             return
         try:
             write_trace(self.path, read_trace(self.partial_path))
             self.partial_path.unlink()
         except (ConfigError, OSError) as error:
-            self._fail(str(error))
+            self.failure = str(error)
 
     def discard(self) -> None:
         """Nothing came of it: leave no file behind."""
         self._file.close()
         self.partial_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def kept_if_used(path: str | os.PathLike[str] | None) -> Iterator[TraceWriter | None]:
+    """A writer, or None without a path; discarded if what it is opened for fails."""
+    writer = None if path is None else TraceWriter(path)
+    try:
+        yield writer
+    except BaseException:
+        if writer is not None:
+            writer.discard()
+        raise

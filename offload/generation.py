@@ -188,3 +188,5 @@ class Generator:
             self.new_tokens += report.new_tokens
             self.time_to_first_token_s += report.time_to_first_token_s
             self.decode_s += report.decode_s
+        if (observer := self._meter.residency.observer) is not None:
+            observer.end_answer(report)

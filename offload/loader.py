@@ -18,6 +18,7 @@ from moe_offload.offload.experts.forwards import IMPLEMENTATION, install_expert_
 from moe_offload.offload.experts.layer import ExpertLayer, StepState
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.pack.manifest import REPACK, PackManifest
+from moe_offload.offload.pass_inputs import pass_tokens
 from moe_offload.offload.row_embedding import replace_embedding, table_in_pack
 from moe_offload.offload.tiers.compute_tier import ComputeTier
 
@@ -79,11 +80,8 @@ def _track_phase(model: Any, step: StepState) -> None:
     longest_draft_tokens = 16
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("input_ids", "inputs_embeds")
-        if kwargs.get("encoder_outputs") is not None:  # the source has been read: only the decoder runs
-            names, args = ("decoder_input_ids", "decoder_inputs_embeds"), ()
-        tokens = next((kwargs[name] for name in names if kwargs.get(name) is not None), args[0] if args else None)
-        step.prefill = isinstance(tokens, torch.Tensor) and tokens.dim() > 1 and tokens.shape[1] > longest_draft_tokens
+        tokens = pass_tokens(args, kwargs)
+        step.prefill = tokens is not None and tokens.dim() > 1 and tokens.shape[1] > longest_draft_tokens
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     if model.config.is_encoder_decoder:  # `generate` runs the encoder by itself

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 from moe_offload.cache import ExpertCache, policy_names
+from moe_offload.cache.trace_writer import TraceWriter, kept_if_used
 from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
@@ -35,6 +36,7 @@ from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.row_embedding import table_in_pack
 from moe_offload.offload.tiers.choice import make_tier
+from moe_offload.offload.tracing.recording import Recording
 
 CLOSE_TIMEOUT_S = 10.0
 VERIFY_MODES = ("first", "always", "off")
@@ -78,9 +80,12 @@ class OffloadedModel:
         plan: Plan,
         manifest: PackManifest,
         *,
+        policy: str,
         prefetch: str | int,
         top_k: int,
         hot_set: HotSetFile | None = None,
+        trace: TraceWriter | None = None,
+        trace_tokens: bool = False,
     ) -> None:
         """For `from_pretrained`."""
         self.model, self.tokenizer = loaded.model, tokenizer
@@ -93,6 +98,9 @@ class OffloadedModel:
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set
+        self._loaded = loaded
+        self._settings = {"policy": policy, "prefetch": str(prefetch)}
+        self._recording = None if trace is None else self._record(trace, tokens=trace_tokens)
         if hot_set is not None:
             WarmStart(loaded.residency, hot_set.load())
         self._generator = Generator(
@@ -123,6 +131,8 @@ class OffloadedModel:
         revision: str | None = None,
         token: str | None = None,
         pack_dir: str | PathLike[str] | None = None,
+        trace: str | PathLike[str] | None = None,
+        trace_tokens: bool = False,
         on_progress: ProgressSink | None = None,
         on_plan: Callable[[Plan], None] | None = None,
     ) -> Self:
@@ -133,7 +143,8 @@ class OffloadedModel:
         own. ``prefetch`` is "off", "auto" or the number of layers to look ahead; it never changes the result, and
         neither do budgets and policies. ``warm_start``: keep in a small file beside the pack which experts were hot
         when the model was closed, and read those first, in the background. ``verify``: check an expert's checksum on
-        its "first" read, "always" or "off".
+        its "first" read, "always" or "off". ``trace``: a file (``.npz``) to record routing, cache and times to until
+        the model is closed, with the ids of tokens only where ``trace_tokens``; see `tracing`.
 
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.
@@ -168,44 +179,63 @@ class OffloadedModel:
             dense_bytes = outline.resident_dense_bytes(torch_dtype.itemsize, without=table)
             plan_for(outline, outline.config, dense_bytes, torch_dtype)
 
-        if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
-            folder = pack_model(
-                str(model),
-                Path(pack_dir) if pack_dir is not None else None,
-                format=format,
-                dense_format=dense_format,
-                revision=revision,
-                token=token,
-                progress=on_progress or NULL_PROGRESS,
-                check=check_budget,
-            )
-        give_freed_memory_back()
-        manifest = read_manifest(folder)
-        config = pack_config(folder)
-        torch_dtype = _dtype(dtype, config)
-        tokenizer = _tokenizer(folder)
-        dense = DenseWeights(folder, manifest)
-        try:
-            top_k = experts_per_token(config.get_text_config(decoder=True))
-            table = table_in_pack(config, dense.keys(), torch_device.type)
-            plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype, without=table), torch_dtype)
-            if on_plan is not None:
-                on_plan(plan)
-            if verify != "off":
-                dense.check()
-            cache = ExpertCache(plan.num_experts, plan.num_slots, policy)
-            tier = make_tier(manifest, folder, plan, torch_device, verify)  # type: ignore[arg-type]
-            try:
-                loaded = load_model(
-                    str(folder), config, manifest, dense, cache=cache, tier=tier, dtype=torch_dtype, device=torch_device
+        with kept_if_used(trace) as writer:
+            if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
+                folder = pack_model(
+                    str(model),
+                    Path(pack_dir) if pack_dir is not None else None,
+                    format=format,
+                    dense_format=dense_format,
+                    revision=revision,
+                    token=token,
+                    progress=on_progress or NULL_PROGRESS,
+                    check=check_budget,
                 )
-            except BaseException:
-                tier.close()
-                raise
-        finally:
-            dense.close()
-        hot_set = HotSetFile(folder, plan.num_experts) if warm_start else None
-        return cls(loaded, tokenizer, plan, manifest, prefetch=prefetch, top_k=top_k, hot_set=hot_set)
+            give_freed_memory_back()
+            manifest = read_manifest(folder)
+            config = pack_config(folder)
+            torch_dtype = _dtype(dtype, config)
+            tokenizer = _tokenizer(folder)
+            dense = DenseWeights(folder, manifest)
+            try:
+                top_k = experts_per_token(config.get_text_config(decoder=True))
+                table = table_in_pack(config, dense.keys(), torch_device.type)
+                plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype, without=table), torch_dtype)
+                if on_plan is not None:
+                    on_plan(plan)
+                if verify != "off":
+                    dense.check()
+                cache = ExpertCache(plan.num_experts, plan.num_slots, policy)
+                tier = make_tier(manifest, folder, plan, torch_device, verify)  # type: ignore[arg-type]
+                try:
+                    loaded = load_model(
+                        str(folder),
+                        config,
+                        manifest,
+                        dense,
+                        cache=cache,
+                        tier=tier,
+                        dtype=torch_dtype,
+                        device=torch_device,
+                    )
+                except BaseException:
+                    tier.close()
+                    raise
+            finally:
+                dense.close()
+            hot_set = HotSetFile(folder, plan.num_experts) if warm_start else None
+            return cls(
+                loaded,
+                tokenizer,
+                plan,
+                manifest,
+                policy=policy,
+                prefetch=prefetch,
+                top_k=top_k,
+                hot_set=hot_set,
+                trace=writer,
+                trace_tokens=trace_tokens,
+            )
 
     # -- text --
 
@@ -307,6 +337,22 @@ class OffloadedModel:
             decode_s=generator.decode_s,
         )
 
+    def tracing(self, path: str | PathLike[str] | None = None, *, tokens: bool = False) -> Recording:
+        """Record what the model does inside a ``with``, into a file or, without a ``path``, in memory::
+
+            with model.tracing() as recording:
+                model.generate("Once upon a time")
+            recording.trace  # a RoutingTrace: see docs/trace-format.md
+
+        ``tokens``: the ids of tokens too. `ConfigError` where the file cannot be written, or while another recording
+        is under way.
+        """
+        with kept_if_used(path) as writer:
+            return self._record(writer, tokens=tokens)
+
+    def _record(self, writer: TraceWriter | None, *, tokens: bool) -> Recording:
+        return Recording(self._loaded, self.plan, self.manifest, settings=self._settings, writer=writer, tokens=tokens)
+
     # -- life --
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -321,6 +367,8 @@ class OffloadedModel:
             self._hot_set.save(self._residency.cache.hot_set())
         self._step.closed = True
         self._residency.close()
+        if self._recording is not None:
+            self._recording.end()
 
     def __enter__(self) -> Self:
         return self

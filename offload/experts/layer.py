@@ -141,13 +141,14 @@ class ExpertLayer:
                 "an offloaded model cannot be trained: its experts are overwritten before a backward pass would read "
                 "them; run it in torch.no_grad(), or train the model with transformers itself"
             )
-        observer = self._residency.observer
-        if observer is None:
+        num_tokens, top_k = top_k_index.shape
+        chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
+        if num_tokens <= chunk_tokens:
             return self._routed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-        observer.begin_layer(self.layer_idx, top_k_index, top_k_weights)
-        result = self._routed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-        observer.end_layer()
-        return result
+        chunks = [torch.split(tensor, chunk_tokens) for tensor in (hidden_states, top_k_index, top_k_weights)]
+        return torch.cat(
+            [self._routed(x, index, weights, expert_fn, parts) for x, index, weights in zip(*chunks, strict=True)]
+        )
 
     # T tokens, K experts a token, H hidden; a pair is one token with one of its experts
 
@@ -159,21 +160,18 @@ class ExpertLayer:
         expert_fn: ExpertFn,
         parts: MlpParts | None,
     ) -> torch.Tensor:
-        num_tokens, top_k = top_k_index.shape
-        chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
-        if num_tokens == 1:
-            if parts is not None and MoeStep.takes(hidden_states):
-                return self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-            return self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn)
-        if num_tokens <= chunk_tokens:
-            return self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-        chunks = [torch.split(tensor, chunk_tokens) for tensor in (hidden_states, top_k_index, top_k_weights)]
-        return torch.cat(
-            [
-                self._routed_tokens(x, index, weights, expert_fn, parts)
-                for x, index, weights in zip(*chunks, strict=True)
-            ]
-        )
+        observer = self._residency.observer
+        if observer is not None:
+            observer.begin_layer(self.layer_idx, top_k_index, top_k_weights)
+        if top_k_index.shape[0] != 1:
+            result = self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
+        elif parts is not None and MoeStep.takes(hidden_states):
+            result = self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
+        else:
+            result = self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn)
+        if observer is not None:
+            observer.end_layer()
+        return result
 
     def _routed_packed(
         self,

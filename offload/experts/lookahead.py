@@ -28,6 +28,12 @@ PROMPT_SHARE = 0.75
 _RECENT_NORMS = 8
 
 
+def find_router(model: nn.Module, container: str) -> nn.Module | None:
+    """The router beside the expert container of this name, if it is called as routers are."""
+    parent = model.get_submodule(container.rpartition(".")[0])
+    return next((router for n in _ROUTER_NAMES if isinstance(router := getattr(parent, n, None), nn.Module)), None)
+
+
 @dataclass
 class _RouterSite:
     """A layer's router, the norm before it, if any, and what it takes."""
@@ -103,8 +109,7 @@ class Lookahead:
         self._counts = LookaheadCounts()
         self._sites: dict[int, _RouterSite] = {}
         for layer_idx, name in enumerate(modules):
-            parent = model.get_submodule(name.rpartition(".")[0])
-            router = next((r for n in _ROUTER_NAMES if isinstance(r := getattr(parent, n, None), nn.Module)), None)
+            router = find_router(model, name)
             num_experts = getattr(model.get_submodule(name), "num_experts", 0)
             if router is not None:
                 self._sites[layer_idx] = _RouterSite(router, num_experts, top_k[layer_idx])

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from moe_offload.offload.reports import RunReport
+
 
 class StepObserver(Protocol):
     """To be quick, not to raise, and not to change anything."""
@@ -26,3 +28,6 @@ class StepObserver(Protocol):
 
     def predicted(self, layer_idx: int, target_idx: int, expert_ids: Sequence[int], top_k_index: torch.Tensor) -> None:
         """At ``layer_idx``, these experts were predicted for ``target_idx``; index ``[T, K]``, best first."""
+
+    def end_answer(self, report: RunReport) -> None:
+        """The answer that this thread was at has ended; `CacheObserver` was told when it began."""
