@@ -74,12 +74,12 @@ class Page:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
-    def screenshot(self, selector: str | None = None) -> bytes:
-        """A PNG of the whole page, or of the first element that ``selector`` finds."""
+    def screenshot(self, selector: str = "html", *, margin: int = 0) -> bytes:
+        """A PNG of the first element that ``selector`` finds, with so many pixels around it."""
         clip = self.evaluate(
-            f"(selector => {{ const box = document.querySelector(selector).getBoundingClientRect();"
-            f" return {{x: box.x + scrollX, y: box.y + scrollY, width: box.width, height: box.height, scale: 1}} }})"
-            f"({json.dumps(selector or 'html')})"
+            f"((selector, margin) => {{ const box = document.querySelector(selector).getBoundingClientRect();"
+            f" return {{x: box.x + scrollX - margin, y: box.y + scrollY - margin, width: box.width + 2 * margin,"
+            f" height: box.height + 2 * margin, scale: 1}} }})({json.dumps(selector)}, {margin})"
         )
         answer = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         return base64.b64decode(answer["data"])
