@@ -13,7 +13,7 @@ from moe_offload.offload.profiling.report import ProfileReport
 
 FOLDER = Path(__file__).parent.parent / "docs" / "images"
 WIDTH, PHONE_WIDTH, MARGIN = 1080, 390, 10
-COLOURS = 48
+COLOURS = 96
 # Picture by name, and the chart whose figure it shows; "header" is the head of the page.
 PICTURES = {
     "glance": "header",

@@ -84,9 +84,9 @@ def _chart(curves: Curves) -> Figure:
             marks=marks,
             summary="Hit ratio against the share of experts in memory",
         ),
-        "Each line replays this run's routing with one policy at every size, without prefetching. Left of the knee "
-        "every slot more pays well; right of it memory is better spent elsewhere. The gap up to the bound, which "
-        "knows the future, is all that a better policy could gain.",
+        "Each line replays this run's routing with one policy at every size, without prefetching; the first use of an "
+        "expert is a miss at any size. Left of the knee every slot more pays well; right of it memory is better spent "
+        "elsewhere. The gap up to the bound, which knows the future, is all that a better policy could gain.",
         tuple((f"line-{_kind(curve)}", curve.label) for curve in every),
     )
 
