@@ -20,6 +20,9 @@ COMMANDS = {
     "plan": LazyCommand(
         "moe_offload.cli.plan:plan", "Say whether a model will run, and how fast, before anything is downloaded."
     ),
+    "profile": LazyCommand(
+        "moe_offload.cli.profile:profile", "Show where the bytes and the time of a run went, and what would help most."
+    ),
     "bench": LazyCommand(
         "moe_offload.cli.bench:bench", "Measure decoding under a budget, beside what this machine allows."
     ),

@@ -14,10 +14,8 @@ from moe_offload.cache.trace import Outcome, RoutingTrace, TransferKind
 from moe_offload.errors import ReportError
 from moe_offload.offload.bench.report import MachineRates, RunFigures, bound
 from moe_offload.offload.profiling.analyse import analyse
-from moe_offload.offload.profiling.curves import knee
 from moe_offload.offload.profiling.intervals import union_us
 from moe_offload.offload.profiling.run_facts import Rates
-from moe_offload.offload.profiling.sections import PolicyCurve
 
 TRACE = synthetic_trace()
 
@@ -266,15 +264,19 @@ def test_today_is_the_runs_own_budget():
     assert report.curves.measured_resident_ratio < report.curves.measured_hit_ratio
 
 
-def test_the_knee_of_a_curve():
-    def curve(ratios: tuple[float, ...]) -> PolicyCurve:
-        shares = tuple((index + 1) / len(ratios) for index in range(len(ratios)))
-        return PolicyCurve("lru", "LRU", False, tuple(range(1, len(ratios) + 1)), shares, None, ratios)
-
-    assert knee(curve((0.1, 0.5, 0.8, 0.85, 0.9))).slots == 3
-    assert knee(curve((0.1, 0.2, 0.3, 0.4))) is None  # a line
-    assert knee(curve((0.5, 0.5, 0.5))) is None
-    assert knee(curve((0.1, 0.9))) is None
+def test_the_knee_is_on_the_best_curve_and_a_line_has_none():
+    report = sample_report()
+    best = max((c for c in report.curves.curves if not c.is_bound), key=lambda c: sum(c.hit_ratio))
+    assert report.curves.knee_policy == best.policy
+    at = best.slots.index(report.curves.knee.slots)
+    assert (best.hit_ratio[at], best.resident_bytes[at]) == (
+        report.curves.knee.hit_ratio,
+        report.curves.knee.resident_bytes,
+    )
+    slope = np.subtract(best.hit_ratio, np.interp(best.slots, best.slots[::6], best.hit_ratio[::6]))
+    assert slope.argmax() == at
+    two = analyse(RoutingTrace(np.array([[[0]], [[1]], [[0]]])))  # with one slot or two: no room for a knee
+    assert two.curves.knee is None
 
 
 def test_residency_is_that_of_the_cache_of_the_run():

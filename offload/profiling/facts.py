@@ -70,15 +70,15 @@ def _sequences(trace: RoutingTrace, steps: Steps, requests: Requests) -> tuple[S
     names, first_token_s = _of(trace.meta, "sequence_names", list), _of(trace.meta, "time_to_first_token_s", list)
     hits = requests.is_hit
     found = []
-    for index, number in enumerate(np.unique(sequence).tolist()):
+    for number in np.unique(sequence).tolist():
         mine = steps.sequence == number
         asked = requests.is_decode & mine[requests.step]
         found.append(
             SequenceFigures(
-                name=_item(names, index, str) or f"sequence {number}",
+                name=_item(names, number, str) or f"sequence {number}",
                 prompt_tokens=int((~decode & (sequence == number)).sum()),
                 decode_tokens=int((decode & (sequence == number)).sum()),
-                time_to_first_token_s=_first_token_s(trace, steps, mine, _number(_item(first_token_s, index, object))),
+                time_to_first_token_s=_first_token_s(trace, steps, mine, _number(_item(first_token_s, number, object))),
                 tokens_per_s=_speed(trace, steps, mine & steps.is_decode),
                 hit_ratio=float(hits[asked].mean()) if hits is not None and asked.any() else None,
             )
@@ -146,5 +146,5 @@ def _positive(meta: Mapping[str, Any], key: str) -> float | None:
 
 
 def _item(values: list[Any] | None, index: int, kind: type[T]) -> T | None:
-    value = values[index] if values is not None and index < len(values) else None
+    value = values[index] if values is not None and 0 <= index < len(values) else None
     return value if isinstance(value, kind) else None

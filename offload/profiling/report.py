@@ -72,6 +72,12 @@ class ProfileReport:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ReportError(f"{path}: {reason}") from error
 
+    def save_html(self, path: str | PathLike[str]) -> None:
+        """Write the report as one page that needs no network."""
+        from moe_offload.offload.profiling.page import render
+
+        Path(path).write_text(render(self), encoding="utf-8")
+
     def __str__(self) -> str:
         """As a terminal shows it, 80 columns wide and without colours."""
         from moe_offload.offload.profiling.text import as_text
