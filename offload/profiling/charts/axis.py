@@ -19,19 +19,13 @@ class Axis:
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
-def number_axis(label: str, high: float, write: Callable[[float], str], *, low: float = 0.0, ticks: int = 4) -> Axis:
-    """An axis that ends at the first round number from ``high`` on, with about so many ticks at round numbers."""
-    step = round_step((high - low) / ticks) if high > low else 1.0
-    first, last = math.floor(low / step + 1e-9), max(1, math.ceil(high / step - 1e-9))
-    marks = tuple((index * step, write(index * step)) for index in range(first, last + 1))
-    return Axis(label, marks[0][0], marks[-1][0], marks)
-
-
-def exact_axis(label: str, low: float, high: float, write: Callable[[float], str], *, ticks: int = 6) -> Axis:
-    """An axis that ends where the numbers end, with ticks at the round numbers between."""
-    step = round_step((high - low) / ticks) if high > low else 1.0
+def number_axis(label: str, low: float, high: float, write: Callable[[float], str], *, ticks: int = 4) -> Axis:
+    """An axis that ends where the numbers end, with about so many ticks at the round numbers between."""
+    if high <= low:
+        return Axis(label, low, low + 1, ((low, write(low)),))
+    step = round_step((high - low) / ticks)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return Axis(label, low, max(high, low + 1e-12), tuple((i * step, write(i * step)) for i in range(first, last + 1)))
+    return Axis(label, low, high, tuple((index * step, write(index * step)) for index in range(first, last + 1)))
 
 
 def index_axis(label: str, count: int, *, first: int = 0, step: int = 1, ticks: int = 8) -> Axis:

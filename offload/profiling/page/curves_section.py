@@ -1,8 +1,9 @@
 """Hit ratio against the size of the cache, for every policy and for the best there can be."""
 
+import math
 from itertools import pairwise
 
-from moe_offload.offload.profiling.charts.axis import exact_axis, number_axis
+from moe_offload.offload.profiling.charts.axis import number_axis
 from moe_offload.offload.profiling.charts.frame import Mark, frame
 from moe_offload.offload.profiling.charts.lines import Line, lines
 from moe_offload.offload.profiling.charts.markup import joined
@@ -55,9 +56,9 @@ def _chart(curves: Curves) -> Figure:
         default=None,
     )
     of = "" if whole is None else f" (all of them: {size(whole)})"
-    x = exact_axis(f"share of the experts that have a slot{of}", 0.0, 1.0, in_unit(0.01, "%"), ticks=5)
+    x = number_axis(f"share of the experts that have a slot{of}", 0.0, 1.0, in_unit(0.01, "%"), ticks=5)
     lowest = min(min(curve.hit_ratio) for curve in every)
-    y = number_axis("hit ratio in decode", 1.0, in_unit(0.01, "%"), low=min(lowest, 0.9))
+    y = number_axis("hit ratio in decode", math.floor(10 * min(lowest, 0.9)) / 10, 1.0, in_unit(0.01, "%"))
     drawn = [
         Line(
             _kind(curve),

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 from markupsafe import Markup
 
-from moe_offload.offload.profiling.charts.axis import Axis, exact_axis
+from moe_offload.offload.profiling.charts.axis import Axis, number_axis
 from moe_offload.offload.profiling.charts.columns import Column, columns
 from moe_offload.offload.profiling.page.numbers import count
 from moe_offload.offload.profiling.sections import StepSeries
@@ -36,7 +36,7 @@ class DecodeStrip:
     @property
     def axis(self) -> Axis:
         """Decode steps from the first to the last."""
-        return exact_axis("decode steps", 0, max(1, self.num_steps), count)
+        return number_axis("decode steps", 0, self.num_steps, count, ticks=6)
 
     def per_step(self, series: Sequence[float] | None) -> list[float] | None:
         """The mean of a series of sums over the steps of each column; None where there is no series."""

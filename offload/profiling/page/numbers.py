@@ -61,10 +61,10 @@ def time_axis(label: str, longest_s: float) -> Axis:
     """From 0 to about ``longest_s``, its ticks in one unit of time."""
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
         if longest_s >= unit:
-            return number_axis(label, longest_s, in_unit(unit, name))
-    return number_axis(label, longest_s, in_unit(1e-6, "µs"))
+            return number_axis(label, 0, longest_s, in_unit(unit, name))
+    return number_axis(label, 0, longest_s, in_unit(1e-6, "µs"))
 
 
 def percent_axis(label: str, highest: float = 1.0) -> Axis:
-    """From 0 to about ``highest``, never past 100 %."""
-    return number_axis(label, min(1.0, highest), in_unit(0.01, "%"))
+    """From 0 to ``highest``."""
+    return number_axis(label, 0, highest, in_unit(0.01, "%"))

@@ -56,7 +56,9 @@ def _load(load: tuple[ExpertLoad, ...]) -> Iterator[Figure]:
     if not load:
         return
     x = index_axis("layer", len(load), first=load[0].layer)
-    y = number_axis("entropy of the experts' load, bits", max(layer.max_entropy_bits for layer in load), three_digits)
+    y = number_axis(
+        "entropy of the experts' load, bits", 0, max(layer.max_entropy_bits for layer in load), three_digits
+    )
     bars = [
         Column(
             index,

@@ -93,9 +93,10 @@ def _strip(report: ProfileReport) -> Iterator[Figure]:
     if not strip.points or any(values is None for values in series):
         return
     per_step = list(zip(*(values or () for values in series), strict=True))
-    # One step in a hundred may stand out of the picture, so that the others can be told apart in it.
+    # Where single steps are far longer than all others they stand out of the picture, so that it shows the others.
     totals = sorted(sum(parts) for parts in per_step)
-    y = time_axis("time per step", totals[min(len(totals) - 1, int(0.99 * len(totals)))])
+    usual = totals[int(0.98 * (len(totals) - 1))]
+    y = time_axis("time per step", totals[-1] if totals[-1] < 1.5 * usual else usual)
     tips = (
         f"{duration(sum(parts))}: "
         + ", ".join(f"{NAMES[part]} {duration(part_s)}" for part, part_s in zip(PARTS, parts, strict=True))

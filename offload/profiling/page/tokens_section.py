@@ -67,7 +67,7 @@ def _outcomes(report: ProfileReport, strip: DecodeStrip) -> Iterator[Figure]:
         for miss, late_each, hit in zip(misses, late, hits, strict=True)
     ]
     y = number_axis(
-        "experts asked for per step", max(miss + hit for miss, hit in zip(misses, hits, strict=True)), count
+        "experts asked for per step", 0, max(miss + hit for miss, hit in zip(misses, hits, strict=True)), count
     )
     tips = (
         f"{three_digits(miss)} missed, {three_digits(late_each)} late, {three_digits(hit)} in time"
