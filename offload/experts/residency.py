@@ -4,7 +4,6 @@ A step at one layer asks for its experts once. All misses are issued together; t
 then each arriving one. What finds no slot goes through staging slots, which no policy knows and nothing else uses.
 """
 
-import _thread
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from functools import partial
 
 from moe_offload.cache import Admit, ExpertCache, Lease
 from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
+from moe_offload.offload.experts.forgotten import close_apart
 from moe_offload.offload.experts.guesses import Guesses
 from moe_offload.offload.experts.interrupts import InterruptShield
 from moe_offload.offload.experts.step_observer import StepObserver
@@ -54,9 +54,8 @@ class Residency:
         self._interrupted = False
         self._stall_s = 0.0
         self._num_warmed = 0
-        # Who forgets to close leaves no threads and files behind. By a thread: garbage is collected in the middle of
-        # anything, perhaps under the very locks that closing takes. The lowest way to start one takes none.
-        self._forgotten = weakref.finalize(self, _thread.start_new_thread, tier.close, ())
+        # Who forgets to close leaves no threads and files behind.
+        self._forgotten = weakref.finalize(self, close_apart, tier.close)
         self._forgotten.atexit = False
 
     def observe_reads(self, observer: ReadObserver | None) -> None:
