@@ -54,7 +54,7 @@ def measure(job: Job) -> RunFigures:
     ) as model:
         load_s = time.perf_counter() - begin_s
         note = _force_routing(model, job)
-        _fill_slots(model)
+        fill_slots(model)
         counts = _prefill(model, workload) if workload.kind == "prefill" else _decode(model, workload, job.repeat)
         context_tokens = workload.context_tokens - workload.new_tokens // 2
         traffic = token_traffic(model.model, model.manifest, context_tokens=context_tokens)
@@ -99,7 +99,7 @@ def _force_routing(model: OffloadedModel, job: Job) -> str:
     return routing.note
 
 
-def _fill_slots(model: OffloadedModel) -> None:
+def fill_slots(model: OffloadedModel) -> None:
     """Read experts into every slot, so that no run is timed while its cache is still empty."""
     cache = model._residency.cache
     for layer_idx, num_slots in enumerate(model.plan.num_slots):

@@ -7,6 +7,7 @@
 // what follows from it.
 //
 // An expert's row of the output depends on that expert and x alone: not on which experts are in the same call.
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -38,8 +39,10 @@ struct WeightedSum {
 
 namespace {
 
-// Pieces of work of about this many weights: some microseconds.
-constexpr int64_t kPieceWeights = 1 << 17;
+// Weights in a piece of work: the larger, the seldomer a thread jumps to other rows, where memory has to be asked anew;
+// as small as leaves every thread some pieces.
+constexpr int64_t kMostPieceWeights = 1 << 19, kLeastPieceWeights = 1 << 17;
+constexpr int64_t kPiecesPerThread = 16;
 // To wake another thread takes longer than to compute with fewer weights than this.
 constexpr int64_t kWeightsPerThread = 1 << 20;
 constexpr int64_t kSumCols = 2048;
@@ -114,12 +117,8 @@ class Layer {
             const ExpertMlp& first = *tasks[0].expert;
             gated_ = activation.gating != GATING_NONE;
             inner_ = first.down.cols;
-            up_rows_ = piece_rows(first.up[0].cols * (gated_ ? 2 : 1));
-            down_rows_ = piece_rows(inner_);
             total_weights_ = num_tasks * inner_ * ((gated_ ? 2 : 1) * first.up[0].cols + hidden_);
         }
-        up_pieces_ = ceil_div(inner_, up_rows_);
-        down_pieces_ = ceil_div(num_cols, down_rows_);
     }
 
     // False if memory is refused.
@@ -127,6 +126,7 @@ class Layer {
         if (!prepare_inputs()) return false;
         const int64_t useful_threads = 1 + total_weights_ / kWeightsPerThread;
         if (num_threads > useful_threads) num_threads = static_cast<int>(useful_threads);
+        cut(num_threads);
         up_.begin(num_tasks_ * up_pieces_, num_threads);
         prepare_.begin(num_tasks_, 1);
         down_.begin(num_tasks_ * down_pieces_, num_threads);
@@ -139,8 +139,19 @@ class Layer {
     }
 
    private:
-    static int64_t piece_rows(int64_t cols) {
-        const int64_t rows = kPieceWeights / (cols > 0 ? cols : 1) / 16 * 16;
+    void cut(int num_threads) {
+        if (num_tasks_ > 0) {
+            const int64_t share = total_weights_ / (kPiecesPerThread * (num_threads > 0 ? num_threads : 1));
+            const int64_t weights = std::clamp(share, kLeastPieceWeights, kMostPieceWeights);
+            up_rows_ = piece_rows(weights, tasks_[0].expert->up[0].cols * (gated_ ? 2 : 1));
+            down_rows_ = piece_rows(weights, inner_);
+        }
+        up_pieces_ = ceil_div(inner_, up_rows_);
+        down_pieces_ = ceil_div(hidden_, down_rows_);
+    }
+
+    static int64_t piece_rows(int64_t weights, int64_t cols) {
+        const int64_t rows = weights / (cols > 0 ? cols : 1) / 16 * 16;
         return rows > 16 ? rows : 16;
     }
 
