@@ -10,7 +10,8 @@ from moe_offload.cache import kernels, replay_python
 from moe_offload.cache.counts import LayerStats, PhaseCounts, StatsSnapshot
 from moe_offload.cache.policy import Policy
 from moe_offload.cache.registry import policy_names
-from moe_offload.cache.replay_events import Counting, ReplayEvents, events_of, num_experts_of
+from moe_offload.cache.replay_arrays import Counting, ReplayEvents
+from moe_offload.cache.replay_events import events_of, num_experts_of
 from moe_offload.cache.replay_python import BELADY
 from moe_offload.cache.replay_result import ReplayResult
 from moe_offload.cache.replay_timing import Lookahead, Rates, simulate_time
@@ -51,14 +52,13 @@ def replay(
     if lookahead is not None and rates is None:
         raise ConfigError("whether a prefetch comes in time depends on the rates of the machine; give rates too")
     time = None if rates is None else simulate_time(events, fetched, sizes, rates, lookahead or Lookahead())
-    is_prefill = np.zeros(trace.num_tokens, np.bool_) if trace.phase is None else trace.phase == 0
     return ReplayResult(
         policy=policy_label(policy),
         num_slots=tuple(slots.tolist()),
         pool_slots=pool_slots,
         stats=snapshot(counts),
-        num_decode_tokens=int((~is_prefill).sum()),
-        num_prefill_tokens=int(is_prefill.sum()),
+        num_decode_tokens=events.num_decode_tokens,
+        num_prefill_tokens=events.num_prefill_tokens,
         expert_bytes=sizes,
         events=events,
         fetched=fetched,
@@ -129,7 +129,8 @@ def run(
     if isinstance(policy, str):
         if policy not in replay_policies():
             raise ConfigError(f"unknown policy {policy!r}; choose one of: {', '.join(replay_policies())}")
-        replay_python.say_slow()
+        if library is None:
+            replay_python.say_slow()
     return replay_python.run(events, policy, num_slots)
 
 

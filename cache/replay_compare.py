@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moe_offload.cache.counts import Phase, PhaseCounts
 from moe_offload.cache.replay import Slots, belady, replay
-from moe_offload.cache.replay_events import Counting
+from moe_offload.cache.replay_arrays import Counting
 from moe_offload.cache.replay_result import ReplayResult, gap_closed
 from moe_offload.cache.replay_timing import Lookahead, Rates
 from moe_offload.cache.trace import RoutingTrace

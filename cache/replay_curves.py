@@ -10,7 +10,8 @@ import numpy.typing as npt
 from moe_offload.cache import kernels, replay_python
 from moe_offload.cache.counts import Phase
 from moe_offload.cache.replay import MakePolicy, policy_label, run, slots_by_layer
-from moe_offload.cache.replay_events import Counting, ReplayEvents, events_of
+from moe_offload.cache.replay_arrays import Counting, ReplayEvents
+from moe_offload.cache.replay_events import events_of
 from moe_offload.cache.replay_python import BELADY, say_slow
 from moe_offload.cache.trace import RoutingTrace
 from moe_offload.errors import ConfigError

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
-from math import inf
+from math import inf, isnan
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moe_offload.cache.expert_cache import ExpertCache
 from moe_offload.cache.lease import Admit
 from moe_offload.cache.policy import Policy
-from moe_offload.cache.replay_events import ReplayEvents
+from moe_offload.cache.replay_arrays import ReplayEvents
 from moe_offload.cache.trace import EventKind
 
 BELADY = "belady"
@@ -80,10 +80,11 @@ def run(
         of_event = slice(begins[index], begins[index + 1])
         if oracle is not None:
             oracle.foresee(layer_idx, experts[of_event])
+        of_experts = None if weights is None else weights[of_event]
         lease = cache.acquire(
             layer_idx,
             experts[of_event],
-            weights=None if weights is None else weights[of_event],
+            weights=None if of_experts and isnan(of_experts[0]) else of_experts,
             admit=Admit.IF_HOTTER if kind == EventKind.ACQUIRE_IF_HOTTER else Admit.ALWAYS,
             phase="prefill" if is_prefill[index] else "decode",
         )

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_offload.cache.counts import LayerStats, Phase, StatsSnapshot
-from moe_offload.cache.replay_events import ReplayEvents
+from moe_offload.cache.replay_arrays import ReplayEvents
 from moe_offload.cache.replay_timing import SimulatedTime
 
 

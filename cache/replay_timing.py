@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moe_offload.cache import kernels
 from moe_offload.cache.counts import PrefetchCounts
-from moe_offload.cache.replay_events import ReplayEvents
+from moe_offload.cache.replay_arrays import ReplayEvents
 from moe_offload.cache.trace import EventKind, RoutingTrace
 from moe_offload.errors import ConfigError
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from moe_offload.cache import RoutingTrace
 from moe_offload.cache.replay import share_of_slots
+from moe_offload.cache.replay_arrays import Counting
 from moe_offload.cache.replay_compare import ComparedRow, compare
 from moe_offload.cache.replay_curves import Curve, curve
-from moe_offload.cache.replay_events import Counting, num_experts_of
+from moe_offload.cache.replay_events import num_experts_of
 from moe_offload.cache.replay_python import BELADY
 from moe_offload.cache.replay_timing import Lookahead, Rates
 

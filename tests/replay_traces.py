@@ -1,6 +1,7 @@
 """Random traces for tests of replay, and caches that are too slow and too simple to be wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -68,27 +69,20 @@ def naive_lru_hits(events: Sequence[Event], layer_idx: int, num_slots: int) -> i
     return hits
 
 
-def most_hits(events: Sequence[Event], layer_idx: int, num_slots: int) -> int:
-    """By trying every victim there is: the best over all policies, for small cases only."""
+def most_hits(events: Sequence[Event], num_slots: int, prompts: Collection[int] = ()) -> int:
+    """By trying every victim there is: the best over all policies, of one layer, for small cases only.
+
+    ``prompts``: the indices of events that need not admit what they ask for.
+    """
     best: dict[frozenset[int], int] = {frozenset(): 0}
-    for layer, chosen in events:
-        if layer != layer_idx:
-            continue
+    for index, (_, chosen) in enumerate(events):
         asked = frozenset(chosen)
         after: dict[frozenset[int], int] = {}
         for resident, hits in best.items():
-            for kept in _kept(resident, asked, num_slots):
-                value = hits + len(resident & asked)
-                after[kept] = max(after.get(kept, 0), value)
+            stay = resident & asked if index in prompts else asked
+            others = sorted((resident | asked) - stay)
+            for kept in combinations(others, min(len(others), num_slots - len(stay))):
+                now = stay | frozenset(kept)
+                after[now] = max(after.get(now, 0), hits + len(resident & asked))
         best = after
     return max(best.values())
-
-
-def _kept(resident: frozenset[int], asked: frozenset[int], num_slots: int) -> list[frozenset[int]]:
-    from itertools import combinations
-
-    others = resident - asked
-    room = num_slots - len(asked)
-    if len(others) <= room:
-        return [resident | asked]
-    return [asked | frozenset(kept) for kept in combinations(sorted(others), room)]

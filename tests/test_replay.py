@@ -1,6 +1,7 @@
 """Replay against the running cache, and against references without any cleverness."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from replay_traces import most_hits, naive_lru_hits, random_trace, token_events
 
 from moe_offload.cache import Admit, EventKind, ExpertCache, RoutingTrace, kernels, policy_names
 from moe_offload.cache.replay import belady, replay, replay_policies, share_of_slots
+from moe_offload.cache.replay_events import events_of
 from moe_offload.cache.replay_result import ReplayResult
 from moe_offload.errors import ConfigError
 
@@ -101,13 +103,24 @@ def test_lru_hits_are_those_of_a_list(num_slots: int):
     assert all(layer.prefill.requests and layer.decode.requests for layer in layers)
 
 
-@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(0, 3))
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(0, 3), st.integers(0, 4))
 @settings(max_examples=60, deadline=None)
-def test_belady_is_the_best_of_all_choices(seed: int, top_k: int, extra_slots: int):
-    trace = random_trace(seed, num_tokens=14, num_layers=1, num_experts=7, top_k=top_k)
+def test_belady_is_the_best_of_all_choices(seed: int, top_k: int, extra_slots: int, prompt_tokens: int):
+    trace = random_trace(
+        seed,
+        num_tokens=14,
+        num_layers=1,
+        num_experts=7,
+        top_k=top_k,
+        prompt_tokens=prompt_tokens,
+        num_sequences=3 if prompt_tokens else 1,
+    )
     num_slots = top_k + extra_slots
-    hits = belady(trace, num_slots=num_slots).stats.decode.hits
-    assert hits == most_hits(token_events(trace), 0, num_slots)
+    events = events_of(trace)
+    asked = [i for i in range(events.num_events) if events.kind[i] != EventKind.NEW_SEQUENCE]
+    steps = [(0, events.expert_ids[events.begin[i] : events.begin[i + 1]].tolist()) for i in asked]
+    prompts = [at for at, i in enumerate(asked) if events.kind[i] == EventKind.ACQUIRE_IF_HOTTER]
+    assert belady(trace, num_slots=num_slots).stats.total.hits == most_hits(steps, num_slots, prompts)
 
 
 @given(traces, st.integers(4, 8), st.sampled_from(["run", "token"]))
@@ -239,3 +252,41 @@ def test_a_share_of_the_slots_holds_a_token_at_least():
     assert share_of_slots(trace, 0.5) == (6, 6)
     assert share_of_slots(trace, 0.1) == (3, 3)
     assert share_of_slots(trace, 1) == (12, 12)
+
+
+def test_weights_that_were_not_recorded_are_none():
+    class Weighed:
+        """Remembers what it is told."""
+
+        told: ClassVar[list] = []
+
+        def __init__(self, num_experts):
+            self._scores = [[0.0] * n for n in num_experts]
+
+        def touch(self, layer_idx, expert_ids, weights):
+            self.told.append(weights)
+
+        def scores(self, layer_idx):
+            return self._scores[layer_idx]
+
+        def new_sequence(self):
+            pass
+
+    trace = recorded((EventKind.ACQUIRE, [0, 1]), (EventKind.ACQUIRE, [2]))
+    weights = np.array([0.3, 0.7, np.nan], np.float32)
+    replay(dataclasses.replace(trace, event_weights=weights), policy=Weighed)
+    assert Weighed.told == [weights[:2].astype(np.float16).tolist(), None]
+
+
+def test_short_prompts_count_as_the_run_counted_them():
+    trace = recorded((EventKind.ACQUIRE, [0, 1]), (EventKind.ACQUIRE_IF_HOTTER, [2]), (EventKind.ACQUIRE, [3]))
+    trace = dataclasses.replace(
+        trace,
+        experts=np.zeros((7, 1, 1), np.int16),
+        phase=np.array([0, 0, 0, 0, 0, 0, 1], np.uint8),
+        event_token=np.array([0, 2, 6]),
+        step=np.array([0, 0, 1, 1, 1, 1, 2]),
+        **{name: np.zeros(3, np.int64) for name in ("step_begin_us", "step_us", "step_tokens")},
+    )
+    result = replay(trace, policy="lru")
+    assert (result.num_decode_tokens, result.num_prefill_tokens) == (3, 4)

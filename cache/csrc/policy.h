@@ -24,7 +24,8 @@ class Policy {
     virtual const double* scores(int32_t layer_idx) = 0;
     virtual void new_sequence() {}
 
-    // What makes scores of several layers comparable, for a pool: score * scale + offset.
+    // What makes scores of several layers comparable, for a pool: score * scale + offset. Changes, as scores do, with an
+    // event of the layer or a new sequence.
     struct Common {
         double scale = 1.0;
         double offset = 0.0;

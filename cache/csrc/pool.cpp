@@ -10,7 +10,7 @@ class Pool {
     Pool(const Events& events, Policy& policy, int64_t num_slots, const int32_t* floors)
         : policy_(policy), num_empty_(num_slots), floors_(floors), layers_(events.num_layers) {
         for (int32_t layer_idx = 0; layer_idx < events.num_layers; ++layer_idx) {
-            layers_[layer_idx].resident.assign(events.num_experts[layer_idx], 0);
+            layers_[layer_idx].place.assign(events.num_experts[layer_idx], -1);
             layers_[layer_idx].pinned.assign(events.num_experts[layer_idx], 0);
         }
     }
@@ -21,7 +21,7 @@ class Pool {
         missing_.clear();
         for (int32_t rank = 0; rank < event.num_experts; ++rank) {
             const int32_t expert_idx = event.expert_ids[rank];
-            if (!layer.resident[expert_idx]) missing_.push_back(expert_idx);
+            if (layer.place[expert_idx] < 0) missing_.push_back(expert_idx);
             layer.pinned[expert_idx] = 1;
         }
         return static_cast<int32_t>(missing_.size());
@@ -46,14 +46,10 @@ class Pool {
                     counts.bypassed += static_cast<int64_t>(missing_.size() - rank);
                     return;
                 }
-                Layer& robbed = layers_[victim_layer];
-                robbed.resident[robbed.coldest] = 0;
-                --robbed.num_resident;
-                robbed.is_current = false;
+                layers_[victim_layer].evict();
                 ++counts.evictions;
             }
-            layer.resident[missing_[rank]] = 1;
-            ++layer.num_resident;
+            layer.admit(missing_[rank]);
             ++counts.misses;
         }
     }
@@ -70,25 +66,36 @@ class Pool {
 
    private:
     struct Layer {
-        std::vector<char> resident, pinned;  // by expert
-        int32_t num_resident = 0;
+        std::vector<int32_t> residents, place;  // the experts that are there, and by expert its place among them or -1
+        std::vector<char> pinned;               // by expert
         int32_t coldest = -1;  // of those that may go, while `is_current`; -1: none may
-        double score = 0.0;
+        double score = 0.0;    // its own, made comparable
         bool is_current = false;
+
+        void admit(int32_t expert_idx) {
+            place[expert_idx] = static_cast<int32_t>(residents.size());
+            residents.push_back(expert_idx);
+        }
+        void evict() {
+            const int32_t last = residents.back();
+            residents[place[coldest]] = last;
+            place[last] = place[coldest];
+            place[coldest] = -1;
+            residents.pop_back();
+            is_current = false;
+        }
     };
 
     int32_t find_victim(int32_t asking, double& coldest) {
         int32_t found = -1;
         for (int32_t layer_idx = 0; layer_idx < static_cast<int32_t>(layers_.size()); ++layer_idx) {
             Layer& layer = layers_[layer_idx];
-            if (layer_idx != asking && layer.num_resident <= floors_[layer_idx]) continue;
+            if (layer_idx != asking && static_cast<int32_t>(layer.residents.size()) <= floors_[layer_idx]) continue;
             if (!layer.is_current) look(layer_idx);
             if (layer.coldest < 0) continue;
-            const Policy::Common common = policy_.common(layer_idx);
-            const double score = layer.score * common.scale + common.offset;
-            if (found < 0 || score < coldest) {
+            if (found < 0 || layer.score < coldest) {
                 found = layer_idx;
-                coldest = score;
+                coldest = layer.score;
             }
         }
         return found;
@@ -99,13 +106,17 @@ class Pool {
         const double* scores = policy_.scores(layer_idx);
         layer.coldest = -1;
         layer.is_current = true;
-        for (int32_t expert_idx = 0; expert_idx < static_cast<int32_t>(layer.resident.size()); ++expert_idx) {
-            if (!layer.resident[expert_idx] || layer.pinned[expert_idx]) continue;
-            if (layer.coldest < 0 || scores[expert_idx] < layer.score) {
+        double lowest = 0.0;
+        for (const int32_t expert_idx : layer.residents) {
+            if (layer.pinned[expert_idx]) continue;
+            const double score = scores[expert_idx];
+            if (layer.coldest < 0 || score < lowest || (score == lowest && expert_idx < layer.coldest)) {
                 layer.coldest = expert_idx;
-                layer.score = scores[expert_idx];
+                lowest = score;
             }
         }
+        const Policy::Common common = policy_.common(layer_idx);
+        layer.score = lowest * common.scale + common.offset;
     }
 
     Policy& policy_;
