@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FILE_OR_DASH = click.Path(dir_okay=False, allow_dash=True, path_type=Path)
 
+_OPTION_NAMES = {"json_path": "json", "context_tokens": "context"}
+
 
 @click.command()
 @click.argument("model", type=MODEL, required=False)
@@ -81,9 +83,7 @@ def profile(
     """
     if sum(source is not None for source in (model, from_trace, compare)) > 1:
         raise click.UsageError("Name a MODEL, or give --from-trace or --compare: one of them.")
-    for option, value in (("--prompts", prompts), ("--trace", trace)):
-        if value is not None and (from_trace is not None or compare is not None):
-            raise click.UsageError(f"{option} is for running a model, which --from-trace and --compare do not.")
+    _refuse_idle_options(load, from_trace is not None, compare is not None)
 
     from moe_offload.cli.consoles import notes_console
 
@@ -113,6 +113,19 @@ def profile(
     written = [path for path in (None if no_html else html, json_path, perfetto, trace) if path and str(path) != "-"]
     if written:
         notes.print(f"written: {', '.join(map(str, written))}", style="dim")
+
+
+def _refuse_idle_options(load: dict[str, Any], from_trace: bool, compare: bool) -> None:
+    """Options that would change nothing are a mistake."""
+    idle: list[str] = []
+    if from_trace or compare:
+        idle += ["prompts", "tokens", "trace", *load]
+    if compare:
+        idle += ["html", "no_html", "json_path", "perfetto", "memory", "disk", "pcie"]
+    wrong = list(given(dict.fromkeys(idle)))
+    if wrong:
+        name = _OPTION_NAMES.get(wrong[0], wrong[0].replace("_", "-"))
+        raise click.UsageError(f"--{name} has no use with {'--compare' if compare else '--from-trace'}.")
 
 
 def _run(

@@ -125,8 +125,10 @@ def test_two_reports_are_compared(here):
     [
         (["m", "--from-trace", "t.npz"], 2, "one of them"),
         (["--from-trace", "t.npz", "--compare", "a", "b"], 2, "one of them"),
-        (["--from-trace", "t.npz", "--prompts", "p"], 2, "--prompts is for running a model"),
-        (["--compare", "a", "b", "--trace", "t"], 2, "--trace is for running a model"),
+        (["--from-trace", "t.npz", "--prompts", "p"], 2, "--prompts has no use with --from-trace"),
+        (["--compare", "a", "b", "--trace", "t"], 2, "--trace has no use with --compare"),
+        (["--from-trace", "t.npz", "--context", "9"], 2, "--context has no use with --from-trace"),
+        (["--compare", "a", "b", "--json", "c"], 2, "--json has no use with --compare"),
         (["--from-trace", "t.npz"], 1, "t.npz"),
         (["--compare", "a.json", "b.json"], 1, "a.json: No such file"),
         (["m", "--prompts", "absent.txt"], 1, "absent.txt"),

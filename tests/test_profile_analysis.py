@@ -15,7 +15,9 @@ from moe_offload.errors import ReportError
 from moe_offload.offload.bench.report import MachineRates, RunFigures, bound
 from moe_offload.offload.profiling.analyse import analyse
 from moe_offload.offload.profiling.intervals import union_us
+from moe_offload.offload.profiling.report import ProfileReport
 from moe_offload.offload.profiling.run_facts import Rates
+from moe_offload.offload.profiling.sections import Lever
 
 TRACE = synthetic_trace()
 
@@ -343,13 +345,50 @@ def test_no_lever_is_named_where_nothing_waits():
 def test_prefetching_is_proposed_where_it_is_off():
     off = replace(without(TRACE, "predicted", "distance"), meta=dict(TRACE.meta) | {"prefetch": "off"})
     report = analyse(off)
-    lever = next(lever for lever in report.levers.levers if lever.kind == "prefetch")
-    assert lever.gain > 0
-    assert lever.option == "--prefetch auto"
+    assert lever(report, "prefetch").gain > 0
+    assert lever(report, "prefetch").option == "--prefetch auto"
     assert report.prediction is None
     assert {"prediction": "nothing was prefetched (--prefetch off)"}.items() <= {
         item.section: item.reason for item in report.missing
     }.items()
+
+
+def lever(report: ProfileReport, kind: str) -> Lever:
+    return next(lever for lever in report.levers.levers if lever.kind == kind)
+
+
+def test_more_slots_than_the_machine_has_memory_for_are_no_option():
+    machine = {"cpu": "x", "cores": 1, "threads": 1, "kernels": "x", "memory_bytes": 256 * 1024**2 + 1}
+    found = lever(analyse(replace(TRACE, meta=dict(TRACE.meta) | {"machine": machine})), "more_slots")
+    assert found.option is None
+    assert found.change.endswith("beyond this machine's 256 MiB")
+
+
+def test_a_faster_disk_helps_a_gpu_as_far_as_it_reads_from_it():
+    meta = dict(TRACE.meta) | {"device": "cuda", "vram_bytes": 1024**3}
+    report = analyse(replace(TRACE, meta=meta))
+    share = report.header.disk_bytes_per_token / report.header.pcie_bytes_per_token
+    found = lever(report, "faster_disk")
+    if share >= 1:
+        assert found.formula == "waiting / 2"
+    few = replace(TRACE, meta=meta, transfer_bytes=TRACE.transfer_bytes // 8)
+    report = analyse(few)
+    share = report.header.disk_bytes_per_token / report.header.pcie_bytes_per_token
+    split = report.timing.decode
+    wait_s = split.wait_s * (1 - share / 2)
+    assert share < 0.5
+    assert lever(report, "faster_disk").tokens_per_s == pytest.approx(60 / (split.clock_s - split.wait_s + wait_s))
+    assert lever(report, "more_slots").option.startswith("--vram 1.")
+
+
+def test_fewer_bits_go_by_the_bits_that_weights_have():
+    as_recorded = lever(analyse(replace(TRACE, meta=dict(TRACE.meta) | {"format": "source", "expert_bits": 16.0})),
+                        "fewer_bits")  # fmt: skip
+    assert as_recorded.option == "--format int8"
+    kinds = {
+        lever.kind for lever in analyse(replace(TRACE, meta=dict(TRACE.meta) | {"format": "source"})).levers.levers
+    }
+    assert "fewer_bits" not in kinds
 
 
 def test_the_bound_is_the_benchmarks():

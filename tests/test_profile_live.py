@@ -2,12 +2,13 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from loaded_models import PROMPT, loaded, make_pack
 
-from moe_offload.cache import read_trace
+from moe_offload.cache import policy_names, read_trace
 from moe_offload.errors import ConfigError
 from moe_offload.offload.profiling.prompts import BUILT_IN, Prompt, parse_prompts
 from moe_offload.offload.profiling.report import ProfileReport
@@ -101,6 +102,24 @@ def test_the_replay_of_today_is_what_the_cache_counted(pack):
     assert report.prediction is None
     assert report.header.bound is None
     assert {"bound", "prediction"} <= {item.section for item in report.missing}
+
+
+def test_levers_foretell_the_hits_of_other_runs(pack):
+    """The routing of a run does not depend on its cache, so that another run counts what the replay has foretold."""
+    prompts = [" ".join([PROMPT] * 4), " ".join([PROMPT, PROMPT[:8]] * 2)]
+
+    def run(num_slots: list[int], **settings: Any) -> ProfileReport:
+        with loaded(pack, num_slots, prefetch="off", **settings) as model:
+            return model.profile(prompts, max_new_tokens=NEW_TOKENS, measure_rates=False)
+
+    report = run([3, 3, 3], policy="lru")
+    more = next(lever for lever in report.levers.levers if lever.kind == "more_slots")
+    slots = int(more.change.split()[0])  # of every layer alike: there are three
+    assert run([slots] * NUM_LAYERS, policy="lru").header.hit_ratio_decode == pytest.approx(more.hit_ratio)
+    for curve in report.curves.curves:
+        if not curve.is_bound and curve.policy in policy_names():
+            at = curve.slots.index(9)
+            assert run([3, 3, 3], policy=curve.policy).header.hit_ratio_decode == pytest.approx(curve.hit_ratio[at])
 
 
 def test_rates_are_measured_where_they_are_not_given(pack):

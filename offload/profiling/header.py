@@ -45,18 +45,14 @@ def needed_bytes_per_token(trace: RoutingTrace, facts: RunFacts, steps: Steps, r
     """What had to be read in decode, at once or ahead of time: without what was read in vain."""
     if trace.transfer_kind is not None:
         return _transferred(trace, steps, facts, (TransferKind.DEMAND, TransferKind.USED))
-    if _is_cuda(facts):
+    if facts.is_cuda:
         return None  # an expert that missed in VRAM may have been in RAM
     return _bytes_of_outcomes(trace, facts, requests)
 
 
 def pcie_bytes_per_token(trace: RoutingTrace, facts: RunFacts, requests: Requests) -> float | None:
     """What was copied to the GPU in decode because it was needed; None where experts are computed on the CPU."""
-    return _bytes_of_outcomes(trace, facts, requests) if _is_cuda(facts) else None
-
-
-def _is_cuda(facts: RunFacts) -> bool:
-    return (facts.device or "").startswith("cuda")
+    return _bytes_of_outcomes(trace, facts, requests) if facts.is_cuda else None
 
 
 def _transferred(trace: RoutingTrace, steps: Steps, facts: RunFacts, kinds: tuple[TransferKind, ...]) -> float | None:
@@ -88,7 +84,7 @@ def _bound(
 ) -> BoundFigures | None:
     """As ``moe-offload bench`` has it; from those rates and bytes that are known."""
     rates, seconds = facts.rates, dict[Bottleneck, float]()
-    if rates.memory_bytes_per_s and trace.expert_bytes is not None and not _is_cuda(facts) and facts.decode_tokens:
+    if rates.memory_bytes_per_s and trace.expert_bytes is not None and not facts.is_cuda and facts.decode_tokens:
         chosen = requests.layer[requests.is_decode]
         expert_bytes = int(trace.expert_bytes[chosen].sum()) / facts.decode_tokens
         memory_bytes = expert_bytes + (facts.dense_bytes or 0) + (facts.kv_bytes or 0)

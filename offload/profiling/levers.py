@@ -85,23 +85,33 @@ def levers(
         facts, (split.clock_s - split.wait_s) / split.tokens, split.wait_s / split.tokens,
         header.disk_bytes_per_token or 0.0,
     )  # fmt: skip
-    found = [*_slots_and_policy(run, curves, expert_bits), *_prefetch(run, split.tokens, prediction, experts)]
-    found.append(
-        run.lever(
-            "faster_disk",
-            "a disk twice as fast",
-            wait_s=run.wait_s / _FASTER,
-            byte_factor=1.0,
-            formula="waiting / 2",
-        )
-    )
+    found = [
+        *_slots_and_policy(run, curves, expert_bits),
+        *_prefetch(run, split.tokens, prediction, experts),
+        *_faster_disk(run, header),
+    ]
     found.sort(key=lambda lever: -lever.gain)
-    if found[0].gain < _WORTH_IT:
+    if not found or found[0].gain < _WORTH_IT:
         share = run.wait_s / (run.work_s + run.wait_s)
         following = f"No change to the cache is worth it: waiting for experts takes {share:.0%} of the time"
     else:
         following = found[0].sentence
     return Levers(MODEL, run.tokens_per_s, tuple(found), following)
+
+
+def _faster_disk(run: _Run, header: Header) -> Iterator[Lever]:
+    """On a GPU, only the part of what is awaited that comes from the disk comes faster; the rest is in RAM."""
+    if not run.disk_bytes:
+        return
+    copied = header.pcie_bytes_per_token
+    share = min(1.0, run.disk_bytes / copied) if copied else 1.0
+    yield run.lever(
+        "faster_disk",
+        "a disk twice as fast",
+        wait_s=run.wait_s * (1 - share + share / _FASTER),
+        byte_factor=1.0,
+        formula="waiting / 2" if share == 1 else f"half of the {share:.0%} of waiting that is for the disk",
+    )
 
 
 def _slots_and_policy(run: _Run, curves: Curves | None, expert_bits: float | None) -> Iterator[Lever]:
@@ -163,13 +173,16 @@ def _budget(facts: RunFacts, slots_now: int, slots: int) -> tuple[str, str | Non
     name, budget = ("vram", facts.vram_bytes) if facts.vram_bytes is not None else ("ram", facts.ram_bytes)
     if budget is None:
         return change, None
+    machine = facts.machine
+    if name == "ram" and machine and machine.memory_bytes and budget + more_bytes > machine.memory_bytes:
+        return f"{change}, beyond this machine's {format_size(machine.memory_bytes)}", None
     gib = (budget + more_bytes) / _GIB
     digits = 1 if gib >= 1 else 3
     return change, f"--{name} {np.ceil(gib * 10**digits) / 10**digits:.{digits}f}GiB"
 
 
 def _prefetch(run: _Run, tokens: int, prediction: Prediction | None, experts: ExpertStatistics) -> Iterator[Lever]:
-    if run.facts.prefetch == "off":
+    if run.facts.is_prefetch_off:
         recalls = [r for r in (experts.coactivation.recall if experts.coactivation else ()) if r is not None]
         if recalls:
             recall = sum(recalls) / len(recalls)

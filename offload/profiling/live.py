@@ -1,6 +1,6 @@
 """Profiling a loaded model: prompts run, recorded, and analysed with what only the model knows."""
 
-import tempfile
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from os import PathLike
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_offload.cache import RoutingTrace
 from moe_offload.errors import ConfigError
 from moe_offload.offload.bench.traffic import token_traffic
+from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.profiling.analyse import analyse
 from moe_offload.offload.profiling.machine import machine_facts, measured_rates
 from moe_offload.offload.profiling.prompts import BUILT_IN, OnPrompt, Prompt
@@ -33,14 +34,12 @@ def profile(
 ) -> ProfileReport:
     """See `OffloadedModel.profile`."""
     chosen = _prompts(prompts)
-    with tempfile.TemporaryDirectory(prefix="moe-offload-profile-") as folder:
-        path = Path(folder) / "trace.npz" if trace is None else Path(trace)
-        with model.tracing(path) as recording:
-            for number, prompt in enumerate(chosen, start=1):
-                if on_prompt is not None:
-                    on_prompt(prompt, number, len(chosen))
-                _answer(model, prompt, max_new_tokens)
-        recorded = recording.trace
+    with model.tracing(trace) as recording:
+        for number, prompt in enumerate(chosen, start=1):
+            if on_prompt is not None:
+                on_prompt(prompt, number, len(chosen))
+            _answer(model, prompt, max_new_tokens)
+    recorded = recording.trace
     if perfetto is not None:
         from moe_offload.offload.tracing.chrome_trace import write_chrome_trace
 
@@ -79,9 +78,16 @@ def _with_facts(model: "OffloadedModel", trace: RoutingTrace, names: list[str], 
         "sequence_names": names,
         "dense_bytes_per_token": traffic.dense_bytes,
         "kv_bytes_per_token": traffic.kv_bytes,
+        "expert_bits": _expert_bits(manifest),
         "machine": machine_facts(device),
     }
     if measure_rates:
         folder = Path(model.model.name_or_path)
         facts["rates"] = asdict(measured_rates(manifest, folder, token_bytes=traffic.total_bytes, device=device))
     return replace(trace, meta=dict(trace.meta) | facts)
+
+
+def _expert_bits(manifest: PackManifest) -> float:
+    """Bits that a weight of an expert takes, scales included."""
+    parts = [part for layer in manifest.layers for part in layer.parts if len(part.shape) > 1]
+    return 8 * sum(part.size_bytes for part in parts) / sum(math.prod(part.shape) for part in parts)

@@ -31,20 +31,18 @@ def _missing(report: ProfileReport) -> Iterator[Missing]:
         reason = "the trace has neither transfers nor outcomes with the size of experts"
         yield Missing("disk_bytes_per_token", reason if has_decode else _NO_DECODE)
     if header.pcie_bytes_per_token is None:
-        on_cpu = report.run.device is not None and report.run.device.startswith("cpu")
-        yield Missing(
-            "pcie_bytes_per_token",
-            "the experts are computed on the CPU" if on_cpu else "the trace does not tell of a GPU",
-        )
+        on_cpu = report.run.device is not None and not report.run.is_cuda
+        reason = "the experts are computed on the CPU" if on_cpu else "the trace does not tell of a GPU"
+        yield Missing("pcie_bytes_per_token", reason)
     if header.bound is None:
-        known = header.tokens_per_s is not None
-        yield Missing("bound", "no rates were measured or given (--disk, --memory, --pcie)" if known else _NO_TIMES)
+        no_rates = "no rates were measured or given (--disk, --memory, --pcie)"
+        yield Missing("bound", _NO_TIMES if not has_times else no_rates if has_decode else _NO_DECODE)
     if report.timing is None:
         yield Missing("timing", _NO_TIMES)
     if report.levers is None:
         yield Missing("levers", "to predict times takes times: " + _NO_TIMES if not has_times else _NO_DECODE)
     if report.prediction is None:
-        off = report.run.prefetch == "off"
+        off = report.run.is_prefetch_off
         yield Missing(
             "prediction", "nothing was prefetched (--prefetch off)" if off else "the trace has no predictions"
         )

@@ -71,3 +71,13 @@ class RunFacts:
     rates: Rates
     machine: Machine | None
     versions: dict[str, str]
+
+    @property
+    def is_prefetch_off(self) -> bool:
+        """Whether nothing was to be read ahead."""
+        return self.prefetch in ("off", "0")
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether experts are computed on a GPU."""
+        return self.device is not None and self.device.startswith("cuda")
