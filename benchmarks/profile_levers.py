@@ -2,8 +2,8 @@
 
 python benchmarks/profile_levers.py PACK [--ram 720MiB] [--prefetch off] [--tokens 64] [--repeat 3]
 
-The run and each change take turns, A B C A B C, and the fastest of each counts: others only take from a machine. Changes
-of the format need another pack and are left out; so is a faster disk.
+The run and each change take turns, A B C A B C, and the fastest of each counts: others only take from a machine.
+Changes of the format need another pack and are left out; so is a faster disk.
 """
 
 import argparse

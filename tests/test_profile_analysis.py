@@ -331,7 +331,8 @@ def test_levers_follow_from_the_runs_own_figures():
     assert fewer.option == "--format nf3"
     assert "loss of quality" in fewer.sentence
     assert levers["prefetch"].option == "--prefetch off"
-    assert report.levers.next == report.levers.levers[0].sentence
+    assert report.levers.levers[0].kind == "fewer_bits"
+    assert report.levers.next == report.levers.levers[1].sentence  # which changes no answer
 
 
 def test_no_lever_is_named_where_nothing_waits():

@@ -64,7 +64,7 @@ class Lever:
 
 @dataclass(frozen=True)
 class Levers:
-    """Best first. ``next`` is the first one's sentence, or what says that none is worth it."""
+    """Best first. ``next``: the sentence of the best that leaves the answers as they are, or that none is worth it."""
 
     model: str
     modelled_tokens_per_s: float
