@@ -114,6 +114,12 @@ from moe_offload.cli.param_types import FormatType, PrefetchType, SharesType, Si
     metavar="FILE|-",
     help="Write all figures to a file, or to the output instead of the table.",
 )
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Record each run, to FILE or, where there are several, to FILE-LINE-REPEAT.",
+)
 def bench(
     pack: Path | None,
     like: str | None,
@@ -125,6 +131,7 @@ def bench(
     repeat: int,
     prefill: int | None,
     json_path: Path | None,
+    trace: Path | None,
     **options: Any,
 ) -> None:
     """Measure decoding under a budget, beside what this machine allows.
@@ -183,6 +190,7 @@ def bench(
             workload,
             name=name,
             repeat=repeat,
+            trace=trace,
             on_run=lambda setting, figures: console.print(one_run(setting, figures), style="dim"),
         )
     if json_path is not None:

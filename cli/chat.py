@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from moe_offload.cli.options import MODEL, TEXT, given, load_options, sampling_options
+from moe_offload.cli.options import MODEL, TEXT, given, load_options, sampling_options, trace_options
 from moe_offload.cli.user_text import piped_text
 
 DEFAULT_PROMPT = "Explain in three sentences why the sky is blue."
@@ -14,6 +14,7 @@ DEFAULT_PROMPT = "Explain in three sentences why the sky is blue."
 @click.command()
 @click.argument("model", type=MODEL, required=False)
 @load_options
+@trace_options
 @sampling_options
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--system", type=TEXT, help="System prompt: how the model should behave.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moe_offload.cli.options import MODEL, TEXT, given, load_options, sampling_options
+from moe_offload.cli.options import MODEL, TEXT, given, load_options, sampling_options, trace_options
 from moe_offload.cli.user_text import piped_text
 from moe_offload.errors import ConfigError
 
@@ -32,6 +32,7 @@ from moe_offload.errors import ConfigError
     "--json", "as_json", is_flag=True, help="Write one JSON object: text, token counts, timings, cache figures."
 )
 @load_options
+@trace_options
 def generate(
     model: str,
     prompt: str | None,

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -64,6 +65,8 @@ def open_model(name: str | None, load: Mapping[str, Any], console: Console) -> I
             progress.abandon()
         with model:
             yield OpenedModel(model, name, time.monotonic() - started_s)
+        if (trace := load.get("trace")) is not None and Path(trace).exists():
+            console.print(Text(f"trace written to {trace}"), style="dim")
 
 
 def _refuse_other_formats(path: str, load: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ help repeats (a test compares the two).
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -27,6 +28,11 @@ def format_options(command: Command) -> Command:
 def load_options(command: Command) -> Command:
     """The arguments of ``OffloadedModel.from_pretrained``: memory, device, cache, formats."""
     return _apply(_MEMORY_OPTIONS + _FORMAT_OPTIONS, command)
+
+
+def trace_options(command: Command) -> Command:
+    """--trace, --trace-tokens: arguments of ``OffloadedModel.from_pretrained`` too."""
+    return _apply(_TRACE_OPTIONS, command)
 
 
 def sampling_options(command: Command) -> Command:
@@ -101,6 +107,16 @@ _FORMAT_OPTIONS: list[Callable[[Any], Any]] = [
         help="How the other linear layers are held.",
     ),
     click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub."),
+]
+
+_TRACE_OPTIONS: list[Callable[[Any], Any]] = [
+    click.option(
+        "--trace",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Record routing, cache and times to an .npz, for profile and replay; no text.",
+    ),
+    click.option("--trace-tokens", is_flag=True, help="Record the ids of tokens too: whoever has them has the text."),
 ]
 
 _SAMPLING_OPTIONS: list[Callable[[Any], Any]] = [

@@ -158,6 +158,8 @@ class OffloadedModel:
             raise ConfigError(f"verify is {verify!r}; use {', '.join(VERIFY_MODES)}")
         if context_tokens < 1:
             raise ConfigError(f"context_tokens is {context_tokens}; it must be 1 or more")
+        if trace_tokens and trace is None:
+            raise ConfigError("the ids of tokens can only be recorded with a trace: name its file (--trace FILE)")
         depth = parse_prefetch(prefetch)
         torch_device = _device(device)
         folder = _folder(model)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
+from moe_offload.cache import read_trace
 from moe_offload.cli.main import cli
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.offload.bench import compare, measure, run
@@ -220,6 +221,17 @@ def test_settings_that_make_no_sense_are_refused(wrong):
 def test_too_small_a_budget_is_refused_as_loading_refuses_it(pack):
     with pytest.raises(BudgetError, match=r"needs .* of RAM"):
         run(pack, [Setting(ram="1MiB")], SHORT, isolated=False)
+
+
+def test_each_run_is_recorded_to_a_file_of_its_own(pack, tmp_path):
+    settings = cross(resident=[0.5, 1.0], prefetch=["off"])
+    run(pack, settings[:1], SHORT, isolated=False, trace=tmp_path / "one.npz")
+    report = run(pack, settings, SHORT, isolated=False, trace=tmp_path / "two.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {"one.npz", "two-1-1.npz", "two-2-1.npz"}
+    trace = read_trace(tmp_path / "two-1-1.npz")
+    assert trace.num_tokens == SHORT.context_tokens - 1
+    assert trace.num_slots.tolist() == [4] * 3
+    assert report.rows[0].best.bytes_read <= trace.transfer_bytes.sum()
 
 
 def test_prefill_times_the_second_prompt(pack):

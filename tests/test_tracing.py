@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from family_runs import example_inputs
 from loaded_models import PROMPT, check_health, loaded, make_pack
 
@@ -24,6 +25,7 @@ from moe_offload.cache import (
     read_trace,
 )
 from moe_offload.cache.trace_frames import pack_arrays
+from moe_offload.cli.main import cli
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.expert_choice import ExpertChoiceBlock
 from moe_offload.offload.tracing import recording as recording_module
@@ -127,6 +129,7 @@ def test_the_trace_says_what_the_routers_chose(model: OffloadedModel) -> None:
     assert trace.num_slots.tolist() == [4] * NUM_LAYERS
     assert trace.token_ids is None
     assert trace.meta["format"] == "nf4"
+    assert trace.meta["expert_bits"] > 4
     assert [answer["new_tokens"] for answer in trace.meta["answers"]] == [6, 1 + more]
     assert all(first_s > 0 for first_s in trace.meta["time_to_first_token_s"])
 
@@ -396,6 +399,35 @@ def test_a_path_that_cannot_be_written_is_refused_before_loading(pack: Path, tmp
 
     with pytest.raises(ConfigError, match=r"none.run\.npz cannot be written"):
         OffloadedModel.from_pretrained(pack, device="cpu", trace=tmp_path / "none" / "run.npz", on_plan=on_plan)
+
+
+def test_tokens_without_a_trace_are_refused(pack: Path) -> None:
+    with pytest.raises(ConfigError, match="name its file"):
+        OffloadedModel.from_pretrained(pack, device="cpu", trace_tokens=True)
+
+
+def test_the_command_line_records(pack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    arguments = [
+        "generate",
+        str(pack),
+        "--raw",
+        "-p",
+        PROMPT,
+        "--max-new-tokens",
+        "3",
+        "--ram",
+        "1GiB",
+        "--context",
+        "64",
+    ]
+    result = CliRunner().invoke(cli, [*arguments, "--trace", str(path)])
+    assert result.exit_code == 0, result.output
+    assert f"trace written to {path}" in result.stderr.replace("\n", "")
+    trace = read_trace(path)
+    assert trace.token_ids is None
+    assert trace.step_tokens[1:].tolist() == [1, 1]
+    (pack / ".hot-set.json").unlink()
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_trace(pack: Path, tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ def run(
     repeat: int = 1,
     isolated: bool = True,
     on_run: OnRun | None = None,
+    trace: Path | None = None,
 ) -> BenchReport:
     """Measure every setting ``repeat`` times, all of them once before any of them again.
 
     ``isolated``: each run in a fresh process, so that none profits from another's memory; else in this one. ``on_run``
-    is told each run's figures as they come. Raises what loading a model raises; a child's errors as
+    is told each run's figures as they come. ``trace``: record each run to this file, or to files beside it that begin
+    with its name if there are several runs. Raises what loading a model raises; a child's errors as
     `MoeOffloadError` with its message.
     """
     if not settings:
@@ -39,8 +41,11 @@ def run(
         raise ConfigError(f"repeat is {repeat}; it must be 1 or more")
     runs: list[list[RunFigures]] = [[] for _ in settings]
     for index in range(repeat):
-        for figures, setting in zip(runs, settings, strict=True):
-            job = Job(str(pack), setting, workload, index)
+        for line, (figures, setting) in enumerate(zip(runs, settings, strict=True)):
+            recorded = trace
+            if trace is not None and len(settings) * repeat > 1:
+                recorded = trace.with_name(f"{trace.stem}-{line + 1}-{index + 1}{trace.suffix}")
+            job = Job(str(pack), setting, workload, index, None if recorded is None else str(recorded))
             figures.append(_run_isolated(job) if isolated else _run_here(job))
             if on_run is not None:
                 on_run(setting, figures[-1])

@@ -51,6 +51,7 @@ def measure(job: Job) -> RunFigures:
         policy=job.setting.policy,
         prefetch=job.setting.prefetch,
         warm_start=False,  # what one run found hot must not help the next
+        trace=job.trace,
     ) as model:
         load_s = time.perf_counter() - begin_s
         note = _force_routing(model, job)

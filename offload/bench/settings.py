@@ -69,6 +69,7 @@ class Job:
     setting: Setting
     workload: Workload
     repeat: int = 0
+    trace: str | None = None  # the file to record to
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -77,7 +78,8 @@ class Job:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Job":
         """The inverse of `to_dict`."""
-        return cls(values["pack"], Setting(**values["setting"]), Workload(**values["workload"]), values["repeat"])
+        setting, workload = Setting(**values["setting"]), Workload(**values["workload"])
+        return cls(values["pack"], setting, workload, values["repeat"], values["trace"])
 
 
 def cross(

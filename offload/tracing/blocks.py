@@ -27,7 +27,9 @@ class BlockMaker:
         """Arrays by their names in a trace; empty where there is nothing new."""
         arrays: dict[str, Array] = {}
         if passes:
-            arrays |= self._tokens(passes) | self._steps(passes)
+            with np.errstate(over="ignore"):  # weights beyond fp16 become inf
+                arrays |= self._tokens(passes)
+            arrays |= self._steps(passes)
         if events:
             arrays |= _events(events)
         if transfers:

@@ -1,6 +1,7 @@
 """A model being recorded: the hooks, the thread that turns notes into a trace, and the end of it."""
 
 import datetime
+import math
 import platform
 import threading
 import warnings
@@ -21,6 +22,7 @@ from moe_offload.cache.trace import Array
 from moe_offload.cache.trace_blocks import join_blocks
 from moe_offload.cache.trace_writer import TraceWriter
 from moe_offload.errors import ConfigError
+from moe_offload.offload.bench.traffic import used_dense_bytes
 from moe_offload.offload.experts.lookahead import find_router
 from moe_offload.offload.loader import LoadedModel
 from moe_offload.offload.pack.manifest import PackManifest
@@ -66,7 +68,7 @@ class Recording:
         plan: Plan,
         manifest: PackManifest,
         *,
-        settings: Mapping[str, Any],
+        settings: dict[str, Any],
         writer: TraceWriter | None = None,
         tokens: bool = False,
     ) -> None:
@@ -77,7 +79,7 @@ class Recording:
         self._sink: BlockSink = MemorySink() if writer is None else writer
         self._recorder = Recorder(lambda: loaded.step.prefill, tokens=tokens)
         self._blocks = BlockMaker(plan.num_experts, self._recorder.begin_ns)
-        self._meta = trace_meta(plan, manifest) | dict(settings)
+        self._meta = trace_meta(plan, manifest) | {"dense_bytes_per_token": used_dense_bytes(loaded.model)} | settings
         self._told = -1
         self._failure: str | None = None
         self._ended = False
@@ -183,6 +185,7 @@ def trace_meta(plan: Plan, manifest: PackManifest) -> dict[str, Any]:
         "revision": manifest.revision,
         "format": manifest.expert_format,
         "dense_format": manifest.dense_format,
+        "expert_bits": _expert_bits(manifest),
         "device": plan.device,
         "ram_bytes": plan.ram_bytes,
         "vram_bytes": plan.vram_bytes,
@@ -198,6 +201,13 @@ def trace_meta(plan: Plan, manifest: PackManifest) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def _expert_bits(manifest: PackManifest) -> float:
+    """Bits a weight, scales included, of all experts together."""
+    parts = [(layer.num_experts, part) for layer in manifest.layers for part in layer.parts]
+    num_weights = sum(num_experts * math.prod(part.shape) for num_experts, part in parts)
+    return 8 * sum(num_experts * part.size_bytes for num_experts, part in parts) / num_weights
 
 
 def _answers(answers: list[dict[str, Any]]) -> dict[str, Any]:
