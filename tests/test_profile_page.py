@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from html_tree import Element, parse
@@ -394,3 +395,12 @@ def test_a_large_model_stays_small_and_says_what_was_summed_up():
     ]
     notes = " ".join(each.full_text() for each in page.all(class_="note"))
     assert "mean of 2 neighbouring experts" in notes
+
+
+def test_the_pictures_of_the_documents_are_there_and_small():
+    docs = Path(__file__).parent.parent / "docs"
+    named = re.findall(r"images/profile-[a-z-]+\.png", (docs / "profiling.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for name in named:
+        assert 0 < (docs / name).stat().st_size < 80_000, name
+    assert {path.name for path in (docs / "images").glob("profile-*.png")} == {Path(name).name for name in named}

@@ -52,8 +52,9 @@ def _hit_ratios(layers: tuple[LayerFigures, ...]) -> Iterator[Figure]:
     yield Figure(
         "Hit ratio of each layer",
         frame("layer-hits", columns(bars, x, y), x=x, y=y, summary=f"Hit ratio of each of {len(layers)} layers"),
-        "The share of the experts asked for that were there or on their way. A starving layer misses far more than "
-        "its share: its tokens spread over more experts than it has slots for, so it gains most from more of them.",
+        "The share of the experts asked for that were there or on their way. A starving layer misses far more than its "
+        "share: it has too few slots for the experts that its tokens spread over, or, as a first layer, nothing "
+        "before it that could foresee them.",
         (("fill-hit", "hit ratio"), ("fill-starving", "hit ratio of a starving layer")),
     )
 
