@@ -43,6 +43,15 @@ def _events_of(trace: RoutingTrace, counting: Counting) -> ReplayEvents:
     return events
 
 
+def left_out(trace: RoutingTrace) -> tuple[EventKind, ...]:
+    """What else the cache of the run was told, of which replay knows nothing: with any of it counts may differ."""
+    if trace.event_kind is None or trace.event_size is None or trace.event_experts is None:
+        return ()
+    kind_of = np.repeat(trace.event_kind, trace.event_size.clip(0))  # an empty slot of the beginning is -1
+    told = set(kind_of[trace.event_experts >= 0].tolist()) - set(_REPLAYED) - {EventKind.LOADED}
+    return tuple(EventKind(kind) for kind in sorted(told))
+
+
 def num_experts_of(trace: RoutingTrace) -> npt.NDArray[np.int32]:
     """The experts of each layer; where the trace does not tell, one more than the largest number in any layer."""
     if trace.num_experts is not None:

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_offload.cache.replay_events import left_out
 from moe_offload.cache.replay_timing import SimulatedTime
 from moe_offload.cli.replay_figures import TraceFigures, mean_gap_closed
 from moe_offload.offload.planning.sizes import format_size
@@ -39,6 +40,12 @@ def _heading(each: TraceFigures) -> Text:
             f"experts come at {each.rates.link_bytes_per_s / 1e9:.2f} GB/s, "
             f"{ahead.recall:.0%} of the missing foreseen one layer ahead"
             + (f", {1 - ahead.precision:.0%} of what is fetched ahead in vain" if ahead.precision < 1 else "")
+        )
+    others = left_out(trace)
+    if others:
+        named = ", ".join(kind.name.lower().replace("_", " ") for kind in others)
+        lines.append(
+            f"the run's cache was also told of other things ({named}), which are left out: its own counts differ"
         )
     return Text("\n".join(lines))
 

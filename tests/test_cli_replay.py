@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from replay_traces import random_trace
 
-from moe_offload.cache import RoutingTrace, write_trace
+from moe_offload.cache import EventKind, RoutingTrace, write_trace
 from moe_offload.cache.replay import replay
 from moe_offload.cache.replay_timing import Lookahead, Rates
 from moe_offload.cli.main import cli
@@ -103,6 +103,22 @@ def test_several_traces_end_in_the_mean(trace_file):
 def test_a_prompt_alone_is_counted_as_what_it_is(trace_file):
     (found,) = figures(trace_file(num_tokens=10, prompt_tokens=10), "--policy", "lru", "--slots", "4")
     assert (found["rows"][0]["phase"], found["rows"][0]["bytes_per_token"]) == ("prefill", None)
+
+
+def test_what_is_left_out_of_a_run_is_said(tmp_path):
+    path = tmp_path / "warm.npz"
+    kinds = [EventKind.RESIDENT, EventKind.NEW_SEQUENCE, EventKind.ACQUIRE, EventKind.WARM, EventKind.LOADED]
+    events = {
+        "event_kind": np.array(kinds, np.uint8),
+        "event_layer": np.zeros(5, np.int16),
+        "event_token": np.zeros(5, np.int32),
+        "event_size": np.array([1, 0, 2, 1, 1]),
+        "event_experts": np.array([3, 0, 1, 2, 2]),
+        "event_weights": np.full(5, np.nan, np.float32),
+    }
+    write_trace(path, RoutingTrace(experts=np.zeros((1, 1, 2), np.int16), num_experts=np.array([4]), **events))
+    text = shown(str(path), "--slots", "2", "--policy", "lru")
+    assert "also told of other things (warm, resident), which are left out" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

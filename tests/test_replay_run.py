@@ -8,6 +8,7 @@ from loaded_models import loaded, make_pack
 
 from moe_offload.cache import EventKind, RoutingTrace, StatsSnapshot, policy_names, read_trace
 from moe_offload.cache.replay import belady, replay
+from moe_offload.cache.replay_events import left_out
 
 LONG_PROMPT = " ".join(f"w{(7 * i) % 120 + 5}" for i in range(24))
 SHORT_PROMPT = "w7 w8 w90"
@@ -36,6 +37,7 @@ def read_closed(model, path: Path) -> RoutingTrace:
 def test_the_counts_are_those_of_the_run(pack: Path, tmp_path: Path, policy: str):
     trace, counted, bytes_read = recorded(pack, tmp_path / "run.npz", policy, [4, 2, 6])
     assert {EventKind.ACQUIRE, EventKind.ACQUIRE_IF_HOTTER} <= set(trace.event_kind.tolist())
+    assert left_out(trace) == ()
     result = replay(trace, policy=policy)
     assert result.stats == counted
     assert result.stats.prefill.bypassed > 0
