@@ -54,16 +54,17 @@ class SimulatedTime:
 
 
 def measured_rates(trace: RoutingTrace, link_bytes_per_s: float) -> Rates:
-    """The layers' own times as the trace has them, the median of its decode steps; none where it has no times."""
+    """The layers' own times as the trace has them, averages of its decode steps; none where it has no times."""
     if trace.layer_us is None or trace.step is None or trace.step_us is None:
         return Rates(link_bytes_per_s)
     is_decode = np.ones(trace.num_tokens, np.bool_) if trace.phase is None else trace.phase == 1
     steps = np.unique(trace.step[is_decode])
     if not len(steps):
         return Rates(link_bytes_per_s)
-    dense_us, router_us, _, experts_us = np.median(trace.layer_us[steps], axis=0).T  # [layers] each
+    # Averages and not medians: what a run's steps took in all is what its replay is to be compared with.
+    dense_us, router_us, _, experts_us = trace.layer_us[steps].mean(axis=0).T  # [layers] each
     inside_us = trace.layer_us[steps].sum((1, 2), dtype=np.int64)
-    other_us = np.median(np.maximum(0, trace.step_us[steps].astype(np.int64) - inside_us))
+    other_us = np.maximum(0, trace.step_us[steps].astype(np.int64) - inside_us).mean()
     return Rates(
         link_bytes_per_s,
         tuple(((dense_us + router_us) / 1e6).tolist()),

@@ -108,7 +108,7 @@ def test_a_link_that_is_fast_enough_leaves_the_layers():
     assert result.seconds_per_token == pytest.approx(0.25 + 2 * 0.7)
 
 
-def test_times_of_the_layers_are_the_medians_of_the_trace():
+def test_times_of_the_layers_are_the_averages_of_the_trace():
     layer_us = np.array([[[100, 10, 7, 50]] * 2, [[200, 20, 9, 60]] * 2, [[9000, 9, 9, 9]] * 2], np.uint32)
     trace = RoutingTrace(
         experts=np.zeros((3, 2, 1), np.int16),
