@@ -174,7 +174,7 @@ class ExpertCache:
             if self._observer is not None:
                 kind = EventKind.PREFETCH_EVICTING if evict else EventKind.PREFETCH
                 self._observer.told(kind, layer_idx, expert_ids)
-            return layer.admit_prefetch(expert_ids, self._policy.scores(layer_idx), evict)
+            return layer.admit_prefetch(expert_ids, self._policy.scores(layer_idx) if evict else (), evict)
 
     def missing(self, layer_idx: int, expert_ids: Sequence[int]) -> list[int]:
         """Those that have no slot, in the order given."""

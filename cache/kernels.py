@@ -24,10 +24,24 @@ class Events(ctypes.Structure):
     )
 
 
+class LearnedWeights(ctypes.Structure):
+    """As in learned.h; read only while a policy is made of it."""
+
+    _fields_ = (
+        ("width", ctypes.c_int32),
+        ("start", ctypes.c_void_p),
+        ("now", ctypes.c_void_p),
+        ("before", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
 _POINTER, _INT32 = ctypes.c_void_p, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_cache_policy_name": (ctypes.c_char_p, (ctypes.c_int,)),
     "moe_cache_policy_new": (_POINTER, (ctypes.c_char_p, _INT32, _POINTER)),
+    "moe_cache_learned_new": (_POINTER, (_INT32, _POINTER, _POINTER)),
     "moe_cache_policy_free": (None, (_POINTER,)),
     "moe_cache_policy_touch": (None, (_POINTER, _INT32, _POINTER, _INT32, _POINTER, _INT32)),
     "moe_cache_policy_scores": (_POINTER, (_POINTER, _INT32)),

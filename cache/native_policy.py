@@ -23,6 +23,9 @@ class NativePolicy:
         handle = library.moe_cache_policy_new(name.encode(), len(num_experts), sizes)
         if not handle:
             raise MemoryError(f"no memory for the policy {name!r}")
+        self._adopt(library, handle, num_experts)
+
+    def _adopt(self, library: ctypes.CDLL, handle: int, num_experts: Sequence[int]) -> None:
         self._library, self._handle = library, handle
         self._free = weakref.finalize(self, library.moe_cache_policy_free, handle)
         self._free.atexit = False

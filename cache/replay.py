@@ -9,7 +9,7 @@ import numpy.typing as npt
 from moe_offload.cache import kernels, replay_python
 from moe_offload.cache.counts import LayerStats, PhaseCounts, StatsSnapshot
 from moe_offload.cache.policy import Policy
-from moe_offload.cache.registry import policy_names
+from moe_offload.cache.registry import DEFAULT_POLICY, policy_names
 from moe_offload.cache.replay_arrays import Counting, ReplayEvents
 from moe_offload.cache.replay_events import events_of, num_experts_of
 from moe_offload.cache.replay_python import BELADY
@@ -25,7 +25,7 @@ Slots = int | Sequence[int]
 def replay(
     trace: RoutingTrace,
     *,
-    policy: str | MakePolicy = "decay",
+    policy: str | MakePolicy = DEFAULT_POLICY,
     num_slots: Slots | None = None,
     pool_slots: int | None = None,
     counting: Counting = "run",

@@ -49,8 +49,8 @@ from moe_offload.cli.param_types import FormatType, PrefetchType, SharesType, Si
     "--policy",
     type=click.Choice(choices.policies()),
     multiple=True,
-    default=("decay",),
-    show_default="decay",
+    default=(choices.default_policy(),),
+    show_default=choices.default_policy(),
     help="Which experts stay in memory; again to compare.",
 )
 @click.option(

@@ -8,9 +8,16 @@ VERIFY = ("first", "always", "off")
 
 def policies() -> tuple[str, ...]:
     """The names of the cache policies."""
-    from moe_offload.cache import policy_names
+    from moe_offload.cache import LEARNED, policy_names
 
-    return tuple(policy_names())
+    return (*policy_names(), LEARNED)
+
+
+def default_policy() -> str:
+    """The one of them that is used where none is named."""
+    from moe_offload.cache import DEFAULT_POLICY
+
+    return DEFAULT_POLICY
 
 
 def replay_policies() -> tuple[str, ...]:

@@ -29,6 +29,9 @@ COMMANDS = {
     "replay": LazyCommand(
         "moe_offload.cli.replay:replay", "Tell from recorded routing what other caches would have done."
     ),
+    "learn": LazyCommand(
+        "moe_offload.cli.learn:learn", "Fit a predictor to a model from recorded routing, for --policy learned."
+    ),
     "doctor": LazyCommand(
         "moe_offload.cli.doctor:doctor", "Look over this machine: memory, speeds, versions, kernels."
     ),

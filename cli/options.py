@@ -67,7 +67,10 @@ _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
         help="Longest conversation to reserve memory for.",
     ),
     click.option(
-        "--policy", type=click.Choice(choices.policies()), default="decay", help="Which experts stay in memory."
+        "--policy",
+        type=click.Choice(choices.policies()),
+        default=choices.default_policy(),
+        help="Which experts stay in memory; learned: by what moe-offload learn has fitted.",
     ),
     click.option(
         "--prefetch",

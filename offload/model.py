@@ -10,7 +10,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
-from moe_offload.cache import ExpertCache, policy_names
+from moe_offload.cache import DEFAULT_POLICY, LEARNED, ExpertCache, policy_names
+from moe_offload.cache.learned import make_learned_policy
 from moe_offload.cache.trace_writer import TraceWriter, kept_if_used
 from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
@@ -18,6 +19,7 @@ from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.generation import Generator
+from moe_offload.offload.learning.predictor_file import load_predictor
 from moe_offload.offload.loader import LoadedModel, load_model
 from moe_offload.offload.meter import Meter
 from moe_offload.offload.pack.manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
@@ -127,7 +129,7 @@ class OffloadedModel:
         dense_format: str = "source",
         dtype: str | torch.dtype = "auto",
         context_tokens: int = 4096,
-        policy: str = "decay",
+        policy: str = DEFAULT_POLICY,
         prefetch: str | int = "auto",
         warm_start: bool = True,
         verify: str = "first",
@@ -152,8 +154,8 @@ class OffloadedModel:
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.
         """
-        if policy not in policy_names():
-            raise ConfigError(f"no policy {policy!r}; there are: {', '.join(policy_names())}")
+        if policy not in (*policy_names(), LEARNED):
+            raise ConfigError(f"no policy {policy!r}; there are: {', '.join((*policy_names(), LEARNED))}")
         if verify not in VERIFY_MODES:
             raise ConfigError(f"verify is {verify!r}; use {', '.join(VERIFY_MODES)}")
         if context_tokens < 1:
@@ -210,7 +212,8 @@ class OffloadedModel:
                     on_plan(plan)
                 if verify != "off":
                     dense.check()
-                cache = ExpertCache(plan.num_experts, plan.num_slots, policy)
+                made = make_learned_policy(load_predictor(folder, manifest)) if policy == LEARNED else policy
+                cache = ExpertCache(plan.num_experts, plan.num_slots, made)
                 tier = make_tier(manifest, folder, plan, torch_device, verify)  # type: ignore[arg-type]
                 try:
                     loaded = load_model(

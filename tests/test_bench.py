@@ -263,7 +263,7 @@ def test_the_command_measures_in_processes_of_their_own(pack):
         "dense_bytes": read_manifest(pack).dense_bytes,
     }
     (row,) = report["rows"]
-    assert row["setting"] == {"ram": "400MiB", "resident": None, "policy": "decay", "prefetch": "auto"}
+    assert row["setting"] == {"ram": "400MiB", "resident": None, "policy": "recall", "prefetch": "auto"}
     assert row["bound_share"] == pytest.approx(row["best_tokens_per_s"] / row["bound_tokens_per_s"])
     assert set(row["best"]) == set(RUN.to_dict())
     assert "400MiB, decay, prefetch auto: " in result.stderr

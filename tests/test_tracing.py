@@ -15,6 +15,7 @@ from loaded_models import PROMPT, check_health, loaded, make_pack
 
 from moe_offload import OffloadedModel
 from moe_offload.cache import (
+    DEFAULT_POLICY,
     Admit,
     EventKind,
     ExpertCache,
@@ -144,7 +145,7 @@ def test_tokens_are_told_when_asked_for(model: OffloadedModel) -> None:
     assert recording.trace.num_tokens == len(ids)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "decay"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "decay", "recall"])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_cache_that_is_asked_the_same_counts_the_same(pack: Path, policy: str, slots: int) -> None:
     """Prompts in pieces, prefetches and answers one after the other included."""
@@ -233,7 +234,7 @@ def test_a_warm_start_is_told(pack: Path, tmp_path: Path) -> None:
             model.generate(PROMPT, max_new_tokens=4)
             stats = model._residency.cache.stats.snapshot()
         trace = read_trace(path)
-        assert replayed(trace, "decay") == stats
+        assert replayed(trace, DEFAULT_POLICY) == stats
         assert (TransferKind.WARM in trace.transfer_kind) == (name == "warm")
     (pack / ".hot-set.json").unlink()
 
@@ -306,7 +307,7 @@ def test_prompts_in_pieces_are_whole(model: OffloadedModel, monkeypatch: pytest.
     for layer_idx, index, _ in seen[0]:
         np.testing.assert_array_equal(trace.experts[: len(index), layer_idx], index.numpy())
     assert (trace.outcome != Outcome.UNKNOWN).all()
-    assert replayed(trace, "decay") == model._residency.cache.stats.snapshot()
+    assert replayed(trace, DEFAULT_POLICY) == model._residency.cache.stats.snapshot()
 
 
 def test_an_interrupted_pass_leaves_no_tokens(model: OffloadedModel) -> None:
@@ -323,7 +324,7 @@ def test_an_interrupted_pass_leaves_no_tokens(model: OffloadedModel) -> None:
     trace = recording.trace
     assert trace.num_tokens == num_tokens(model) + 1
     assert trace.event_token.min() == -1  # what the interrupted pass had asked for is told all the same
-    assert replayed(trace, "decay") == stats
+    assert replayed(trace, DEFAULT_POLICY) == stats
 
 
 def test_experts_that_choose_tokens_break_nothing(model: OffloadedModel) -> None:
@@ -339,7 +340,7 @@ def test_experts_that_choose_tokens_break_nothing(model: OffloadedModel) -> None
     assert (trace.experts[:, 1] == -1).all()
     assert (trace.experts[:, [0, 2]] >= 0).all()
     assert [size for size, layer in zip(trace.event_size, trace.event_layer, strict=True) if layer == 1] == [8, 8]
-    assert replayed(trace, "decay") == model._residency.cache.stats.snapshot()
+    assert replayed(trace, DEFAULT_POLICY) == model._residency.cache.stats.snapshot()
 
 
 @pytest.mark.parametrize("family", ["llama4", "jetmoe", "switch_transformers", "longcat_flash", "nllb_moe", "dbrx"])
@@ -351,7 +352,7 @@ def test_families_of_other_kinds_are_recorded(family: str, tmp_path: Path) -> No
             model.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         stats = model._residency.cache.stats.snapshot()
     trace = recording.trace
-    assert replayed(trace, "decay") == stats
+    assert replayed(trace, DEFAULT_POLICY) == stats
     assert (trace.experts >= 0).any()
     assert (trace.step_tokens > 0).all()
 
@@ -389,7 +390,7 @@ def test_a_trace_goes_to_a_file(pack: Path, tmp_path: Path, monkeypatch: pytest.
     trace = read_trace(path)
     assert trace.num_tokens == len(trace.token_ids) == num_tokens(model) + 7
     assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
-    assert trace.meta["policy"] == "decay"
+    assert trace.meta["policy"] == DEFAULT_POLICY
     assert trace.meta["prefetch"] == "auto"
 
 

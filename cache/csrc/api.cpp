@@ -5,6 +5,7 @@
 #include "belady.h"
 #include "export.h"
 #include "half.h"
+#include "learned.h"
 #include "policy.h"
 #include "replay.h"
 #include "stack.h"
@@ -44,6 +45,15 @@ EXPORT Policy* moe_cache_policy_new(const char* name, int32_t num_layers, const 
     if (policy == nullptr) return nullptr;
     try {
         return policy->make(Sizes(num_experts, num_experts + num_layers)).release();
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+// See learned.h; null if there is no memory.
+EXPORT Policy* moe_cache_learned_new(int32_t num_layers, const int32_t* num_experts, const LearnedWeights* weights) {
+    try {
+        return make_learned(Sizes(num_experts, num_experts + num_layers), *weights).release();
     } catch (const std::bad_alloc&) {
         return nullptr;
     }

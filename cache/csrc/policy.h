@@ -15,6 +15,11 @@ struct Event {
 
 using Sizes = std::vector<int32_t>;  // one number per layer
 
+// Whether an event is of one token, or so few that it makes no difference; else it is of a prompt.
+inline bool is_token(int32_t num_asked, int32_t num_experts) {
+    return num_asked <= 32 && 2 * num_asked <= num_experts + 1;
+}
+
 class Policy {
    public:
     virtual ~Policy() = default;
@@ -36,6 +41,7 @@ class Policy {
 std::unique_ptr<Policy> make_lru(const Sizes& num_experts);
 std::unique_ptr<Policy> make_lfu(const Sizes& num_experts);
 std::unique_ptr<Policy> make_decay(const Sizes& num_experts);
+std::unique_ptr<Policy> make_recall(const Sizes& num_experts);
 
 // Every policy, by the name that cache/registry.py gives it; ends with a null name.
 struct NamedPolicy {

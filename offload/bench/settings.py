@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from moe_offload.cache import DEFAULT_POLICY
 from moe_offload.errors import ConfigError
 
 Kind = Literal["decode", "prefill"]
@@ -17,7 +18,7 @@ class Setting:
 
     ram: str | int | None = None
     resident: float | None = None
-    policy: str = "decay"
+    policy: str = DEFAULT_POLICY
     prefetch: str | int = "auto"
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ def cross(
     *,
     ram: Sequence[str | int] = (),
     resident: Sequence[float] = (),
-    policies: Sequence[str] = ("decay",),
+    policies: Sequence[str] = (DEFAULT_POLICY,),
     prefetch: Sequence[str | int] = ("auto",),
 ) -> list[Setting]:
     """Every budget with every policy and every prefetch setting."""

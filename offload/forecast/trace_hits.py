@@ -5,14 +5,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moe_offload.cache import ExpertCache, read_trace
+from moe_offload.cache import DEFAULT_POLICY, ExpertCache, read_trace
 from moe_offload.errors import ConfigError
 from moe_offload.offload.forecast.band import Band
 from moe_offload.offload.forecast.hit_ratio import HitCurve
 
 Experts = npt.NDArray[np.int16]
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-POLICY = "decay"
 _DECODE = 1
 # Enough to tell hit ratios to about a percent; the rest of a long trace would only take time.
 _MOST_TOKENS = 1000
@@ -53,7 +52,7 @@ def hit_ratio(
     An event is one token at one layer; the cache lives on across sequences; the first use of an expert is a miss.
     """
     num_layers = experts.shape[1]
-    cache = ExpertCache([num_experts] * num_layers, [num_slots] * num_layers, POLICY)
+    cache = ExpertCache([num_experts] * num_layers, [num_slots] * num_layers, DEFAULT_POLICY)
     ratios, before = [], 0
     for number in np.unique(sequence):
         tokens = experts[sequence == number]

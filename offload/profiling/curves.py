@@ -12,7 +12,13 @@ from moe_offload.offload.profiling.requests import Requests, num_experts
 from moe_offload.offload.profiling.run_facts import RunFacts
 from moe_offload.offload.profiling.sections import CurvePoint, Curves, PolicyCurve
 
-_LABELS = {"lru": "LRU", "lfu": "LFU", "decay": "decayed frequency", BELADY: "Belady's optimum"}
+_LABELS = {
+    "lru": "LRU",
+    "lfu": "LFU",
+    "decay": "decayed frequency",
+    "recall": "recall of like tokens",
+    BELADY: "Belady's optimum",
+}
 
 
 def curves(trace: RoutingTrace, facts: RunFacts, requests: Requests) -> Curves:

@@ -1,0 +1,1 @@
+"""Fits a predictor of routing to one model, from traces of it."""
