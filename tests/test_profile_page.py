@@ -11,6 +11,7 @@ import pytest
 from html_tree import Element, parse
 from profile_samples import bare_sample_report, large_sample_report, sample_report
 
+from moe_offload.cache.registry import policy_names
 from moe_offload.offload.profiling.charts.heat_map import LEVELS, level_of
 from moe_offload.offload.profiling.page import render
 from moe_offload.offload.profiling.report import ProfileReport
@@ -404,3 +405,11 @@ def test_the_pictures_of_the_documents_are_there_and_small():
     for name in named:
         assert 0 < (docs / name).stat().st_size < 80_000, name
     assert {path.name for path in (docs / "images").glob("profile-*.png")} == {Path(name).name for name in named}
+
+
+@pytest.mark.parametrize("name", [*policy_names(), "learned"])
+def test_every_policy_has_a_line_of_its_own(report: ProfileReport, name: str):
+    curve = replace(report.curves.curves[0], policy=name, is_bound=False)
+    page = parse(render(replace(report, curves=replace(report.curves, curves=(curve,)))))
+    assert chart(page, "curves").one("g", "series")["data-series"] == f"policy-{name}"
+    assert f".policy-{name}," in page.one("style").text

@@ -93,7 +93,7 @@ def _chart(curves: Curves) -> Figure:
 
 
 # Policies that the style sheet knows by name; all others are drawn alike.
-_STYLED = ("lru", "lfu", "decay", "learned")
+_STYLED = ("lru", "lfu", "decay", "recall", "learned")
 
 
 def _kind(curve: PolicyCurve) -> str:
