@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from moe_offload.cache import EventKind, Outcome
+from moe_offload.cache import Outcome
 from moe_offload.cache.trace import LAYER_TIMES, Array
 from moe_offload.cache.trace_blocks import OF_THE_ROW
 from moe_offload.offload.tracing.passes import FINISHED, EventNote, LayerNote, PassNote
 from moe_offload.offload.tracing.transfers import TransferNote
 
-_ACQUIRES = (EventKind.ACQUIRE, EventKind.ACQUIRE_IF_HOTTER)
+# Plain numbers: members of an enumeration are slow to make arrays of.
+_RESIDENT, _PREFETCHED, _LATE, _MISSED, _BYPASSED = (int(outcome) for outcome in list(Outcome)[:5])
 
 
 class BlockMaker:
@@ -52,10 +53,15 @@ class BlockMaker:
             "outcome": np.full(shape, Outcome.UNKNOWN, np.uint8),
         }
         begin = 0
+        singles: list[tuple[LayerNote, int]] = []
         for note in passes:
-            for layer in _first_row_of(note):
-                self._fill(layer, arrays, begin)
+            for layer, row in _first_row_of(note):
+                if layer.num_rows == 1:
+                    singles.append((layer, begin + row))
+                else:
+                    self._fill(layer, arrays, begin + row)
             begin += note.num_tokens
+        _fill_singles(singles, arrays)
         counts = [note.num_tokens for note in passes]
         arrays["sequence"] = np.concatenate([_sequences(note) for note in passes])
         arrays["phase"] = np.repeat([0 if note.is_prompt else 1 for note in passes], counts).astype(np.uint8)
@@ -66,19 +72,10 @@ class BlockMaker:
             arrays["token_ids"] = np.concatenate([_token_ids(note) for note in passes])
         return arrays
 
-    def _fill(self, placed: tuple[LayerNote, int], arrays: dict[str, Array], begin: int) -> None:
-        layer, row = placed
-        layer_idx, first = layer.layer_idx, begin + row
-        outcomes = _outcomes(layer)
-        if layer.num_rows == 1:
-            ids, given = layer.expert_ids, layer.weights_given
-            num = len(ids)
-            arrays["experts"][first, layer_idx, :num] = ids
-            if given is not None:
-                arrays["probs"][first, layer_idx, :num] = np.asarray(given, np.float32)
-            arrays["outcome"][first, layer_idx, :num] = [outcomes.get(e, Outcome.UNKNOWN) for e in ids]
-            return
+    def _fill(self, layer: LayerNote, arrays: dict[str, Array], first: int) -> None:
+        """Several rows of a layer, from the row ``first`` on."""
         assert layer.index is not None, "several rows have an index"
+        layer_idx, outcomes = layer.layer_idx, _outcomes(layer)
         index, last = layer.index.cpu().numpy(), first + layer.num_rows
         num_experts, top_k = self._num_experts[layer_idx], index.shape[1]
         known = (index >= 0) & (index < num_experts)
@@ -117,23 +114,27 @@ class BlockMaker:
             "step_begin_us": np.array(begin, np.int64),
             "step_us": np.array([self._us(n.step_end_ns) - b for n, b in zip(passes, begin, strict=True)], np.uint32),
             "step_tokens": np.array([note.num_tokens for note in passes], np.int32),
-            "layer_us": np.array([self._layer_times(note) for note in passes], np.uint32),
+            "layer_us": self._layer_times(passes),
         }
 
-    def _layer_times(self, note: PassNote) -> list[list[int]]:
-        """[L, 4] microseconds; what they add up to is the time from the pass's beginning to its last experts."""
-        times = [[0] * len(LAYER_TIMES) for _ in self._num_experts]
-        for layer in note.layers:
-            before, begin, end = self._us(layer.before_ns), self._us(layer.begin_ns), self._us(layer.end_ns)
-            router = self._us(layer.router_ns) if layer.router_ns else begin
-            wait = min(layer.wait_ns // 1000, end - begin)
-            ahead = min(layer.ahead_ns // 1000, end - begin - wait)
-            sums = times[layer.layer_idx]
-            sums[0] += router - before
-            sums[1] += begin - router + ahead
-            sums[2] += wait
-            sums[3] += end - begin - wait - ahead
-        return times
+    def _layer_times(self, passes: Sequence[PassNote]) -> Array:
+        """[steps, L, 4] microseconds; of a step they add up to the time until the pass's last experts."""
+        times = np.zeros((len(passes), len(self._num_experts), len(LAYER_TIMES)), np.int64)
+        noted = [
+            (row, n.layer_idx, n.before_ns, n.router_ns or n.begin_ns, n.begin_ns, n.end_ns, n.wait_ns, n.ahead_ns)
+            for row, note in enumerate(passes)
+            for n in note.layers
+        ]
+        if not noted:
+            return times.astype(np.uint32)
+        row, layer, *moments, wait, ahead = np.array(noted, np.int64).T
+        before, router, begin, end = ((moment - self._begin_ns) // 1000 for moment in moments)
+        router = router.clip(before, begin)  # a model may ask its routers at any time
+        wait = np.minimum(wait // 1000, end - begin)
+        ahead = np.minimum(ahead // 1000, end - begin - wait)
+        parts = [router - before, begin - router + ahead, wait, end - begin - wait - ahead]
+        np.add.at(times, (row, layer), np.stack(parts, axis=1))
+        return times.astype(np.uint32)
 
     def _transfers(self, transfers: Sequence[TransferNote]) -> dict[str, Array]:
         return {
@@ -144,6 +145,31 @@ class BlockMaker:
             "transfer_bytes": np.array([note.num_bytes for note in transfers], np.uint32),
             "transfer_kind": np.array([note.kind for note in transfers], np.uint8),
         }
+
+
+def _fill_singles(singles: Sequence[tuple[LayerNote, int]], arrays: dict[str, Array]) -> None:
+    """Layers with one row, all at once: decode steps are made of them, and each call of numpy's costs a microsecond."""
+    rows, layers, sizes = [], [], []
+    ids: list[int] = []
+    weights: list[float] = []
+    found: list[int] = []
+    for layer, row in singles:
+        own = layer.expert_ids
+        rows.append(row)
+        layers.append(layer.layer_idx)
+        sizes.append(len(own))
+        ids += own
+        weights += layer.weights_given or [0.0] * len(own)
+        outcomes = _outcomes(layer)
+        found += [outcomes[expert_idx] for expert_idx in own]
+    if not ids:
+        return
+    ends = np.cumsum(sizes, dtype=np.int64)
+    rank = np.arange(len(ids)) - np.repeat(ends - sizes, sizes)
+    where = np.repeat(rows, sizes), np.repeat(layers, sizes), rank
+    arrays["experts"][where] = ids
+    arrays["probs"][where] = np.array(weights, np.float32)
+    arrays["outcome"][where] = found
 
 
 def _width(layer: LayerNote) -> int:
@@ -167,15 +193,17 @@ def _outcomes(layer: LayerNote) -> dict[int, int]:
     """Expert -> what the step found of it."""
     found: dict[int, int] = {}
     for hits, misses, bypassed, prefetched in layer.leases:
-        for hit in hits:
-            found[hit.expert_idx] = Outcome.LATE if hit.loading else Outcome.RESIDENT
+        for expert_idx, _, _, loading in hits:
+            found[expert_idx] = _LATE if loading else _RESIDENT
         for expert_idx in prefetched:
-            if found[expert_idx] == Outcome.RESIDENT:
-                found[expert_idx] = Outcome.PREFETCHED
-        found |= dict.fromkeys((miss.expert_idx for miss in misses), int(Outcome.MISSED))
-        found |= dict.fromkeys(bypassed, int(Outcome.BYPASSED))
+            if found[expert_idx] == _RESIDENT:
+                found[expert_idx] = _PREFETCHED
+        for expert_idx, _, _, _ in misses:
+            found[expert_idx] = _MISSED
+        for expert_idx in bypassed:
+            found[expert_idx] = _BYPASSED
     for expert_idx, arrived in layer.guesses:
-        found[expert_idx] = Outcome.PREFETCHED if arrived else Outcome.LATE
+        found[expert_idx] = _PREFETCHED if arrived else _LATE
     return found
 
 
@@ -220,8 +248,7 @@ def _is_of_the_row(event: EventNote) -> bool:
     """Whether the token's own row in the trace says the same."""
     owner, layer = event.owner, event.layer
     return (
-        event.kind in _ACQUIRES
-        and owner is not None
+        owner is not None
         and owner.state == FINISHED
         and owner.num_tokens == 1
         and layer is not None

@@ -13,6 +13,9 @@ from moe_offload.offload.reports import RunReport
 from moe_offload.offload.tracing.passes import ABORTED, FINISHED, OPEN, EventNote, LayerNote, PassNote
 from moe_offload.offload.tracing.transfers import TransferLog
 
+# Plain numbers: members of an enumeration are slow to make arrays of.
+_ACQUIRE, _ACQUIRE_IF_HOTTER = int(EventKind.ACQUIRE), int(EventKind.ACQUIRE_IF_HOTTER)
+
 
 class _Thread:
     """Where a thread is."""
@@ -186,7 +189,7 @@ class Recorder:
     def acquired(self, lease: Lease, expert_ids: Sequence[int], weights: Sequence[float] | None, admit: Admit) -> None:
         here = self._here()
         layer = here.layer
-        kind = EventKind.ACQUIRE if admit is Admit.ALWAYS else EventKind.ACQUIRE_IF_HOTTER
+        kind = _ACQUIRE if admit is Admit.ALWAYS else _ACQUIRE_IF_HOTTER
         ids, given = list(expert_ids), None if weights is None else list(weights)
         self._events.append(EventNote(kind, lease.layer_idx, ids, given, here.running, layer))
         if layer is not None:
@@ -208,7 +211,7 @@ class Recorder:
         elif kind is EventKind.WARM:
             for expert_idx in expert_ids:
                 self.transfers.warming((layer_idx, expert_idx))
-        self._events.append(EventNote(kind, layer_idx, list(expert_ids)))
+        self._events.append(EventNote(int(kind), layer_idx, list(expert_ids)))
 
     # -- what was noted --
 
