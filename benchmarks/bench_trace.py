@@ -67,7 +67,7 @@ def cost(blocks: list[float]) -> float:
 
 def measured(name: str, pack: Path, ram: str, arguments: argparse.Namespace) -> list[str]:
     """A row of the table."""
-    num_tokens = _PROMPT_TOKENS + 1 + arguments.block_steps * (2 * arguments.blocks + 2)
+    num_tokens = _PROMPT_TOKENS + 1 + arguments.block_steps * (2 * arguments.blocks + 3)
     with (
         OffloadedModel.from_pretrained(
             pack, device="cpu", ram=ram, prefetch=arguments.prefetch, warm_start=False, context_tokens=num_tokens + 1
