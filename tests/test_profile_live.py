@@ -28,7 +28,7 @@ def profiled(pack, tmp_path_factory):
     """A report, the trace behind it, the model's own figures of the run, and the time it took outside."""
     folder = tmp_path_factory.mktemp("run")
     told = []
-    with loaded(pack, [4] * NUM_LAYERS, prefetch=1) as model:
+    with loaded(pack, [4] * NUM_LAYERS, prefetch=1, policy="decay") as model:
         before = model.stats
         begin_s = time.perf_counter()
         report = model.profile(
