@@ -19,7 +19,7 @@ from moe_offload.cache import RoutingTrace, make_policy, read_trace
 
 KEPT = 0.5 ** (1 / 24)  # of a count, an event later
 TABLE_KEPT = 0.98  # of a row of the table, each time that it is added to
-LAST_TOKEN = 0.5  # what a choice of the last token adds to the table's probability
+LAST_TOKEN = 0.1  # what a choice of the last token adds to the table's probability
 LIKENESS = 1.0  # what a doubling of the table's probability adds to the scores of `RecallPolicy`
 NAMES = ("frequency", "last token", "layer table", "last token + table", "recall", "recall + table")
 Floats = npt.NDArray[np.float64]

@@ -266,7 +266,7 @@ def test_the_command_measures_in_processes_of_their_own(pack):
     assert row["setting"] == {"ram": "400MiB", "resident": None, "policy": "recall", "prefetch": "auto"}
     assert row["bound_share"] == pytest.approx(row["best_tokens_per_s"] / row["bound_tokens_per_s"])
     assert set(row["best"]) == set(RUN.to_dict())
-    assert "400MiB, decay, prefetch auto: " in result.stderr
+    assert "400MiB, recall, prefetch auto: " in result.stderr
 
 
 def test_the_command_shows_a_table(config_file, tmp_path, monkeypatch):
