@@ -1,4 +1,4 @@
-"""Writes docs/models.md: every family that is tested, run once more. Takes a minute or two."""
+"""Writes the table of families in docs/models.md: all that are tested, run once more. Takes a minute or two."""
 
 import sys
 import tempfile
@@ -38,8 +38,9 @@ this project follows: in transformers 5, up to 5.23 at least, only the experts 0
 `llama4`, `qwen3_vl_moe` and `step3p7` are models with images; text goes through the whole of them, images are not
 tested.
 
-This page is written by `python benchmarks/families_table.py`.
+This part is written by `python benchmarks/families_table.py`.
 """
+FORECASTS = "## Well-known models, foretold\n"  # what follows is benchmarks/models_table.py's
 
 
 def row(run: FamilyRun) -> str:
@@ -61,7 +62,9 @@ def main() -> None:
         rows.append(row(run))
         print(rows[-1])
     notes = NOTES.format(encoder_decoders=", ".join(f"`{name}`" for name in sorted(ENCODER_DECODERS)))
-    (ROOT / "docs" / "models.md").write_text(HEAD + "\n".join(rows) + "\n" + notes)
+    page = ROOT / "docs" / "models.md"
+    _, heading, rest = page.read_text().partition(FORECASTS)
+    page.write_text(HEAD + "\n".join(rows) + "\n" + notes + "\n" + heading + rest)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/routing_statistics.py --traces FOLDER
 
 Replays recorded routing (an .npz with ``experts``, ``sequence`` and ``phase``, and a .json beside it that says where it
-is from) through the runtime's own cache with its default policy, and Mixtral's as its paper describes it. An event is
-one token at one layer; the cache lives on across sequences; the first use of an expert counts as a miss. The spread is
-the standard deviation between sequences. Takes a few minutes.
+is from) under the default policy, and Mixtral's as its paper describes it. An event is one token at one layer; the
+cache lives on across sequences; the first use of an expert counts as a miss. The spread is the standard deviation
+between sequences.
 """
 
 import argparse
@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from moe_offload.cache import DEFAULT_POLICY, RoutingTrace
 from moe_offload.offload.bench.routing import Target
 from moe_offload.offload.bench.synthetic_routing import mixtral_routing
 from moe_offload.offload.forecast.hit_ratio import STATISTICS
-from moe_offload.offload.forecast.trace_hits import POLICY, hit_ratio, slots_at_shares
+from moe_offload.offload.forecast.trace_hits import hit_ratio, slots_at_shares
 
 # What the recorded models are called, by the beginning of a trace's name: preset, architecture.
 MODELS = {
@@ -35,10 +36,14 @@ MIXTRAL_TOKENS = 1500
 
 
 def points(experts: Any, sequence: Any, num_experts: int) -> list[dict[str, float]]:
-    """The statistic at every size."""
+    """The statistic of ``experts [tokens, layers, top_k]`` at every size."""
+    part = np.unique(sequence, return_inverse=True)[1]
+    trace = RoutingTrace(
+        experts=experts, sequence=part, num_experts=np.full(experts.shape[1], num_experts, dtype=np.int32)
+    )
     found = []
     for num_slots in slots_at_shares(num_experts):
-        ratio, spread = hit_ratio(experts, sequence, num_experts, num_slots)
+        ratio, spread = hit_ratio(trace, num_slots, part)
         found.append({"slots": num_slots, "hit_ratio": round(ratio, 4), "spread": round(spread, 4)})
         print(f"  {num_slots} of {num_experts}: {ratio:.1%} +- {spread:.1%}", file=sys.stderr)
     return found
@@ -101,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(path.stem, file=sys.stderr)
         models.append(recorded(path, *known))
     models.append(mixtral())
-    STATISTICS.write_text(json.dumps({"schema": 1, "policy": POLICY, "models": models}, indent=1) + "\n")
+    STATISTICS.write_text(json.dumps({"schema": 1, "policy": DEFAULT_POLICY, "models": models}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

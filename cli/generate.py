@@ -93,6 +93,7 @@ def generate(
                 "new_tokens": run.new_tokens if run else None,
                 "timings": {"load_s": opened.load_s} | (timings(run) if run else {}),
                 "cache": cache_figures(run) if run else {},
+                "load": opened.model.load_figures(context_tokens=run.prompt_tokens + run.new_tokens) if run else {},
             }
             _write(json.dumps(figures, ensure_ascii=False) + "\n")
         else:

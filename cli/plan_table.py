@@ -51,7 +51,7 @@ def _model_lines(found: "Forecast") -> list[str]:
     ]
     download = found.machine.download
     if model["is_remote"] and model["checkpoint_bytes"]:
-        time = f", {_about(model['checkpoint_bytes'] / download.per_s)}" if download else ""
+        time = f", {about(model['checkpoint_bytes'] / download.per_s)}" if download else ""
         lines.append(f"{format_size(model['checkpoint_bytes'])} to download{time}")
     lines.append(f"hits from {found.routing}; prompts of {found.prompt_tokens} tokens, context {found.context_tokens}")
     return lines
@@ -78,21 +78,21 @@ def _rate(rate: "Rate") -> str:
 
 
 def _cells(item: "FormatForecast") -> tuple[str, ...]:
-    packing = "" if item.packing_s is None else _about(item.packing_s.mid)
+    packing = "" if item.packing_s is None else about(item.packing_s.mid)
     head = (item.format, item.dense_format, format_size(item.pack_bytes), packing)
     if item.speed is None:
         return (*head, "-", "", "", "", "")
     plan, speed = item.speed.plan, item.speed
     place = f"{plan.resident_share:.0%}"
-    hits = _percent(speed.hit_ratio)
+    hits = percent(speed.hit_ratio)
     if plan.device == "cuda":
-        place, hits = f"{place} + {plan.host_share:.0%}", f"{hits} / {_percent(speed.reach)}"
+        place, hits = f"{place} + {plan.host_share:.0%}", f"{hits} / {percent(speed.reach)}"
     return (
         *head,
         place,
         hits,
         span(speed.decode.tokens_per_s),
-        _time_span(speed.time_to_first_token_s),
+        time_span(speed.time_to_first_token_s),
         _LIMITS[speed.decode.bound_by],
     )
 
@@ -102,18 +102,20 @@ def span(band: "Band") -> str:
     return f"{_two_digits(band.low)}-{_two_digits(band.high)}"
 
 
-def _time_span(band: "Band") -> str:
+def time_span(band: "Band") -> str:
     """ "53-86 s", "2.6-4.1 min", "1.2-3.0 h"."""
     size, unit = (1, "s") if band.high < 120 else (60, "min") if band.high < 7200 else (3600, "h")
     return f"{_two_digits(band.low / size)}-{_two_digits(band.high / size)} {unit}"
 
 
-def _about(seconds: float) -> str:
+def about(seconds: float) -> str:
+    """ "95 s", "4.6 min"."""
     size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
     return f"{_two_digits(seconds / size)} {unit}"
 
 
-def _percent(band: "Band") -> str:
+def percent(band: "Band") -> str:
+    """ "41-49%"."""
     low, high = round(100 * band.low), round(100 * band.high)
     return f"{low}%" if low == high else f"{low}-{high}%"
 

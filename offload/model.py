@@ -397,6 +397,12 @@ class OffloadedModel:
             on_prompt=on_prompt,
         )
 
+    def load_figures(self, *, context_tokens: int) -> dict[str, Any]:
+        """What a decode step with so many tokens in its past moves, in numbers that a forecast can be checked by."""
+        from moe_offload.offload.forecast.loaded_model import load_figures
+
+        return load_figures(self, context_tokens=context_tokens)
+
     # -- life --
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

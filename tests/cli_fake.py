@@ -79,6 +79,9 @@ class FakeModel:
     def __post_init__(self) -> None:
         self._stop = threading.Event()
 
+    def load_figures(self, *, context_tokens: int) -> dict[str, Any]:
+        return {"kv_bytes": context_tokens}
+
     def stream(self, prompt: Any, **sampling: Any) -> Any:
         self._stop.clear()
         self.asked.append(prompt)

@@ -27,9 +27,9 @@ class CheckpointHeaders:
         """Bytes of all tensors."""
         return sum(entry.size_bytes for entries in self.shards.values() for entry in entries.values())
 
-    def entry(self, key: str) -> TensorEntry:
-        """Shape and dtype of a tensor; KeyError where there is none."""
-        return next(entries[key] for entries in self.shards.values() if key in entries)
+    def entry(self, key: str) -> TensorEntry | None:
+        """Shape and dtype of a tensor; None where there is none."""
+        return next((entries[key] for entries in self.shards.values() if key in entries), None)
 
 
 class HeaderShards:

@@ -16,7 +16,8 @@ A rate of the machine is ``{"per_s", "origin"}``, its origin "measured", "given"
 fit, ``needed_bytes`` is the smallest budget that would do, and what would follow is null.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,33 +131,28 @@ def forecast(
     """
     if isinstance(shape, PackedShape):
         first = packed_candidate(shape, machine)
-        tries = [[first]]
+        tries: list[Iterable[Candidate]] = [[first]]
     else:
+        first = candidate(shape, machine, formats[0], SOURCE)
         dense_formats = _DENSE_FORMATS if dense_format == AUTO else (dense_format,)
-        tries = []
-        for spec in dict.fromkeys(formats):
-            try:
-                tries.append([candidate(shape, machine, spec, dense) for dense in dense_formats])
-            except FormatError:  # fewer bits than this model's shapes can be mixed to
-                continue
-        first = tries[0][0]
+        tries = [_in_turn(shape, machine, spec, dense_formats) for spec in dict.fromkeys(formats)]
     layers = first.layers
     curve = hit_curve(routing, model_type=first.config.model_type, num_experts=layers[0].num_experts, top_k=first.top_k)
 
-    def of_format(candidates: Sequence[Candidate]) -> FormatForecast:
-        refusal = None
+    def of_format(candidates: Iterable[Candidate]) -> FormatForecast | None:
+        refused = None
         for item in candidates:
             packing_s = None if isinstance(shape, PackedShape) else _packing(shape, item, machine)
             try:
                 plan = item.plan(machine, context_tokens=context_tokens)
             except BudgetError as error:
-                refusal = error
+                refused = FormatForecast(item.expert_format, item.dense_format, item.pack_bytes, packing_s, None, error)
                 continue
             speed = _speed(item, plan, machine, curve, prompt_tokens)
             return FormatForecast(item.expert_format, item.dense_format, item.pack_bytes, packing_s, speed, None)
-        return FormatForecast(item.expert_format, item.dense_format, item.pack_bytes, packing_s, None, refusal)
+        return refused
 
-    found = [of_format(candidates) for candidates in tries]
+    found = [item for item in map(of_format, tries) if item is not None]
     num_weights = shape.num_weights if isinstance(shape, ModelShape) else None
     return Forecast(
         model={
@@ -176,6 +172,13 @@ def forecast(
         formats=found,
         recommendation=recommend(shape, found, machine, context_tokens=context_tokens),
     )
+
+
+def _in_turn(shape: ModelShape, machine: Machine, spec: str, dense_formats: Sequence[str]) -> Iterator[Candidate]:
+    """One format of experts with each dense format, as long as they are asked for; none where it cannot be mixed."""
+    with suppress(FormatError):
+        for dense_format in dense_formats:
+            yield candidate(shape, machine, spec, dense_format)
 
 
 def _speed(item: Candidate, plan: Plan, machine: Machine, curve: HitCurve, prompt_tokens: int) -> Speed:

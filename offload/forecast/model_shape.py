@@ -110,7 +110,7 @@ def open_shape(model: str, *, revision: str | None = None, token: str | None = N
     if path.is_file():
         return _from_config(model, path)
     if model in PRESETS:
-        return _from_skeleton(model, preset_config(model), PUBLISHED_FORMATS.get(model, "bf16"))
+        return shape_of(preset_config(model), name=model, source_weights=PUBLISHED_FORMATS.get(model, "bf16"))
     if is_hub_id(model):
         from moe_offload.offload.checkpoint.hub_headers import hub_headers
 
@@ -126,7 +126,8 @@ def _from_headers(name: str, headers: CheckpointHeaders, *, is_remote: bool) -> 
 
     plan = plan_packing(name, headers.config_folder, HeaderShards(headers))
     settings = _values(headers.config_folder / "config.json").get("quantization_config")
-    dtype = headers.entry(plan.experts[0][0].first_key).dtype if not settings else plan.skeleton.model.dtype
+    entry = headers.entry(plan.experts[0][0].first_key)
+    dtype = plan.skeleton.model.dtype if entry is None else entry.dtype
     return ModelShape(
         name,
         plan.skeleton.model,
@@ -142,10 +143,12 @@ def _from_headers(name: str, headers: CheckpointHeaders, *, is_remote: bool) -> 
 def _from_config(name: str, path: Path) -> ModelShape:
     values = _values(path)
     config = config_like(values)
-    return _from_skeleton(name, config, _source_weights(values.get("quantization_config"), config.dtype))
+    source_weights = _source_weights(values.get("quantization_config"), config.dtype)
+    return shape_of(config, name=name, source_weights=source_weights)
 
 
-def _from_skeleton(name: str, config: Any, source_weights: str) -> ModelShape:
+def shape_of(config: Any, *, name: str = "model", source_weights: str = "bf16") -> ModelShape:
+    """The shape of a configuration, whose checkpoint would have its experts in ``source_weights``."""
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     with tempfile.TemporaryDirectory() as nothing:  # where no weights are looked for
         skeleton = capture_skeleton(nothing, config, dtype)
@@ -158,7 +161,7 @@ def _source_weights(settings: dict[str, Any] | None, dtype: torch.dtype) -> str:
     if not settings:
         return _RAW_FORMATS.get(dtype, "bf16")
     method = str(settings.get("quant_method", ""))
-    if method == "mxfp4":
+    if method == "mxfp4" or dtype == torch.int8:  # two four-bit codes a byte, in DeepSeek-V4's fp8 checkpoints
         return "mxfp4"
     if method in ("fp8", "mxfp8"):
         block = settings.get("weight_block_size")

@@ -13,6 +13,7 @@ from moe_offload.offload.forecast.token_load import LayerLoad, TokenLoad
 
 _MODEL_ROUTING = "model"
 _SYNTHETIC_MIXTRAL = "synthetic:mixtral"
+PROFILE = "moe-offload profile"
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ def read_outcomes(path: Path) -> list[Outcome]:
             return _of_bench(report)
         if isinstance(report, dict) and "timings" in report and "load" in report:
             return [_of_answer(report)]
+        if isinstance(report, dict) and report.get("format") == PROFILE:
+            return [_of_profile(report)]
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{path} lacks what a check needs: {error!r}; make it again with this version") from error
     raise ConfigError(
-        f"{path} is no report of a run; make one with moe-offload generate --json or moe-offload bench --json FILE"
+        f"{path} is no report of a run; make one with moe-offload bench --json FILE, generate --json or profile"
     )
 
 
@@ -66,7 +69,8 @@ def _of_bench(report: Mapping[str, Any]) -> list[Outcome]:
     pack, rates = report["pack"], report["rates"]
     outcomes = []
     for row in report["rows"]:
-        setting, run = row["setting"], row["best"]
+        setting = row["setting"]
+        run = min(row["runs"], key=lambda run: abs(run["tokens_per_s"] - row["median_tokens_per_s"]))
         budget = f"{setting['resident']:.0%} resident" if setting["resident"] else setting["ram"]
         expert_bytes = run["expert_bytes_per_token"] // (pack["layers"] * pack["top_k"])
         layer = LayerLoad(pack["experts"], pack["top_k"], expert_bytes, run["resident_share"])
@@ -117,5 +121,36 @@ def _of_answer(report: Mapping[str, Any]) -> Outcome:
             timings["time_to_first_token_s"],
         ),
         machine=None,
+        routing=None,
+    )
+
+
+def _of_profile(report: Mapping[str, Any]) -> Outcome:
+    facts, header = report["run"], report["header"]
+    missing = [name for name in ("num_slots", "expert_bytes", "dense_bytes", "kv_bytes") if facts[name] is None]
+    if missing or header["tokens_per_s"] is None:
+        raise ConfigError(
+            f"the profile lacks {', '.join(missing) or 'a decode speed'}: it is of a trace that did not record it; "
+            "profile a run"
+        )
+    layers = [
+        LayerLoad(experts, facts["top_k"], expert_bytes, slots / experts)
+        for experts, slots, expert_bytes in zip(
+            facts["num_experts"], facts["num_slots"], facts["expert_bytes"], strict=True
+        )
+    ]
+    load = TokenLoad(layers, facts["dense_bytes"], facts["kv_bytes"])
+    read_bytes, rates = header["disk_bytes_per_token"], facts["rates"]
+    known = facts["device"] == "cpu" and rates["memory_bytes_per_s"] and rates["disk_bytes_per_s"]
+    return Outcome(
+        name=f"{facts['model']}, {facts['decode_tokens']} tokens",
+        model_type=None,
+        load=load,
+        tokens_per_s=header["tokens_per_s"],
+        hit_ratio=None if read_bytes is None else max(0.0, 1 - read_bytes / load.expert_bytes),
+        prompt=None,
+        machine=cpu_machine(facts["ram_bytes"] or 0, rates["memory_bytes_per_s"], rates["disk_bytes_per_s"])
+        if known
+        else None,
         routing=None,
     )

@@ -1,7 +1,8 @@
 """What one token makes a model move: bytes of experts, of dense weights, of keys and values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from moe_offload.offload.forecast.band import Band
 from moe_offload.offload.forecast.hit_ratio import HitCurve
@@ -35,6 +36,14 @@ class TokenLoad:
     def memory_bytes(self) -> int:
         """Read from the memory that computes, each once."""
         return self.expert_bytes + self.dense_bytes + self.kv_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "dense_bytes": self.dense_bytes,
+            "kv_bytes": self.kv_bytes,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
     def hit_ratio(self, curve: HitCurve) -> Band:
         """Of a token's experts, by bytes: those found in compute slots."""
