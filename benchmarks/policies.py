@@ -84,8 +84,10 @@ def main() -> None:
             lru, best = found["lru"][0], found[BELADY][0]
             cells = []
             for name in names:
-                closed[name].append((found[name][0] - lru) / (best - lru))
-                cells.append(f"{found[name][0] * 100:.2f} ({closed[name][-1]:.2f}; {found[name][1]:.1f} us)")
+                if best > lru:  # else slots for one token's experts: there is nothing to choose
+                    closed[name].append((found[name][0] - lru) / (best - lru))
+                way = f"{closed[name][-1]:.2f}" if best > lru else "-"
+                cells.append(f"{found[name][0] * 100:.2f} ({way}; {found[name][1]:.1f} us)")
             print(
                 f"| {path.stem} | {share:.0%} | {lru * 100:.2f} | {' | '.join(cells)} | {best * 100:.2f} |", flush=True
             )
