@@ -1,5 +1,6 @@
 """Recording a model: what the trace says is what happened, and recording changes nothing."""
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -268,6 +269,7 @@ def test_nothing_is_left_after_a_recording(model: OffloadedModel) -> None:
     assert model._residency._tier._reader.observer is None  # type: ignore[attr-defined]
     assert hooks == [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.model.modules()]
     assert set(threading.enumerate()) <= threads
+    assert gc.get_freeze_count() == 0
     model.generate(PROMPT, max_new_tokens=2)
     with model.tracing() as second:
         model.generate(PROMPT, max_new_tokens=2)

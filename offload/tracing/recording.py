@@ -1,6 +1,7 @@
 """A model being recorded: the hooks, the thread that turns notes into a trace, and the end of it."""
 
 import datetime
+import gc
 import math
 import platform
 import threading
@@ -97,6 +98,11 @@ class Recording:
         residency.observe_reads(self._recorder.transfers)
         residency.observer = self._recorder
         residency.cache.observe(self._recorder)
+        # Notes are kept for a second, so the garbage collector comes by often, and each full round would go through all
+        # that torch and transformers consist of: what is there now is left out of it for the time being.
+        self._froze = gc.get_freeze_count() == 0
+        if self._froze:
+            gc.freeze()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="moe-offload-trace", daemon=True)
         self._thread.start()
@@ -153,6 +159,8 @@ class Recording:
         residency.observe_reads(None)
         for hook in self._hooks:
             hook.remove()
+        if self._froze:
+            gc.unfreeze()
         self._stop.set()
         self._thread.join()
         self._flush(last=True)
