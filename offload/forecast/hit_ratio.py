@@ -17,9 +17,9 @@ from moe_offload.offload.forecast.band import Band
 
 STATISTICS = Path(__file__).with_name("routing_statistics.json")
 EVEN = "even"
-# How much a cache gains over its share of the experts where routers are random: nothing in one layer, and this much of
-# what is left in a deep stack, in which tokens grow alike.
-_EVEN_GAIN = 0.35
+# What a cache gains over its share of the experts where routers are random, as a part of share x (1 - share): next to
+# nothing in two layers of eight experts, most in deeper stacks, where tokens grow alike (benchmarks/plan_check.py).
+_EVEN_GAIN = Band(0.0, 0.35, 0.8)
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def even_curve() -> HitCurve:
     """Routers that choose almost uniformly, as random weights do: hits are the share of the slots, or a little more."""
 
     def band(share: float) -> Band:
-        gain = _EVEN_GAIN * share * (1 - share)
-        return Band(share, share + gain / 2, share + gain)
+        gain = _EVEN_GAIN.scaled(share * (1 - share))
+        return Band(share + gain.low, share + gain.mid, share + gain.high)
 
     return _sampled("routers that choose evenly", band)
 
