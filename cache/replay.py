@@ -114,18 +114,7 @@ def run(
     """Counts [layers, 2, 5], prompts first, the fields as in `PhaseCounts`; and the experts that each event fetched."""
     library = kernels.library()
     if isinstance(policy, str) and library is not None and policy in (*kernels.policy_names(), BELADY):
-        counts = np.zeros((events.num_layers, 2, 5), np.int64)
-        fetched = np.zeros(events.num_events, np.uint16)
-        status = library.moe_cache_replay_layers(
-            ctypes.byref(events.native()),
-            None if policy == BELADY else policy.encode(),
-            num_slots.ctypes.data,
-            counts.ctypes.data,
-            fetched.ctypes.data,
-        )
-        if status:
-            raise MemoryError(f"no memory to replay {events.num_events} events")
-        return counts, fetched
+        return _replay_natively(library.moe_cache_replay_layers, events, policy, num_slots.ctypes.data)
     if isinstance(policy, str):
         if policy not in replay_policies():
             raise ConfigError(f"unknown policy {policy!r}; choose one of: {', '.join(replay_policies())}")
@@ -150,16 +139,17 @@ def run_pool(
             f"a pool of {pool_slots} slots: these layers need at least {least}, what one token asks all of them for, "
             f"and have use for at most {most}"
         )
+    return _replay_natively(library.moe_cache_replay_pool, events, str(policy), pool_slots, floors.ctypes.data)
+
+
+def _replay_natively(
+    function: Callable[..., int], events: ReplayEvents, policy: str, *slots: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
+    """See `run`; ``slots`` are the arguments between the policy and the results."""
     counts = np.zeros((events.num_layers, 2, 5), np.int64)
     fetched = np.zeros(events.num_events, np.uint16)
-    status = library.moe_cache_replay_pool(
-        ctypes.byref(events.native()),
-        None if policy == BELADY else str(policy).encode(),
-        pool_slots,
-        floors.ctypes.data,
-        counts.ctypes.data,
-        fetched.ctypes.data,
-    )
+    name = None if policy == BELADY else policy.encode()
+    status = function(ctypes.byref(events.native()), name, *slots, counts.ctypes.data, fetched.ctypes.data)
     if status:
         raise MemoryError(f"no memory to replay {events.num_events} events")
     return counts, fetched
