@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -28,7 +29,7 @@ class DenseSlice:
 
 
 class DenseWeights(Mapping[str, DenseSlice]):
-    """All dense tensors of a pack by their names in the model's state dict."""
+    """All dense tensors of a pack by their names in the model's state dict; a context that closes its files."""
 
     def __init__(self, folder: Path, manifest: PackManifest) -> None:
         """Read the headers, nothing else."""
@@ -78,3 +79,11 @@ class DenseWeights(Mapping[str, DenseSlice]):
         for file in set(self._files.values()):
             file.forget()
             file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -180,8 +180,7 @@ def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job) -> i
     """The budget with which the share of every layer's experts that the setting asks for is resident."""
     assert job.setting.resident is not None
     dtype = config.dtype or torch.bfloat16
-    dense = DenseWeights(folder, manifest)
-    try:
+    with DenseWeights(folder, manifest) as dense:
         plan = make_plan(
             manifest,
             config,
@@ -193,8 +192,6 @@ def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job) -> i
             top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(manifest.layers),
             resident_dense_bytes=dense.resident_bytes(dtype, without=table_in_pack(config, dense.keys(), "cpu")),
         )
-    finally:
-        dense.close()
     return plan.total_bytes("RAM") - sum(
         (layer.num_experts - max(1, round(job.setting.resident * layer.num_experts))) * layer.slot_bytes
         for layer in manifest.layers

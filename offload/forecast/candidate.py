@@ -109,12 +109,9 @@ def candidate(shape: ModelShape, machine: Machine, expert_format: str, dense_for
 def packed_candidate(shape: PackedShape, machine: Machine) -> Candidate:
     """A pack as it is."""
     manifest, config, dtype = shape.manifest, shape.config, _dtype(shape.config)
-    dense = DenseWeights(shape.folder, manifest)
-    try:
+    with DenseWeights(shape.folder, manifest) as dense:
         table = table_in_pack(config, dense.keys(), machine.device)
         dense_bytes = dense.resident_bytes(dtype, without=table)
-    finally:
-        dense.close()
     return Candidate(
         manifest.expert_format,
         manifest.dense_format,
