@@ -38,24 +38,20 @@ def decode_time(load: TokenLoad, machine: Machine, hit_ratio: Band, reach: Band)
     """The time of a step in which ``hit_ratio`` of the experts are in compute slots and ``reach`` in any memory."""
 
     def ways(value: Mapping[str, float]) -> dict[str, float]:
-        compute_s = (
-            load.memory_bytes / (value["memory"] * value["memory share"])
-            + len(load.layers) * value["layer"]
-            + value["token"]
-        )
         # Both ratios come from the same routing, so they err together.
         found, reached = _at(hit_ratio, value["hits"]), _at(reach, value["hits"])
-        spent_s = {
-            "memory": compute_s,
-            "disk": load.expert_bytes * (1 - reached) / (value["disk"] * value["disk share"]),
-        }
-        if machine.copy is not None:
-            spent_s["copy"] = load.expert_bytes * (1 - found) / (value["copy"] * value["copy share"])
-        return spent_s
+        transfers_s = transfer_s(value, load.expert_bytes * (1 - reached), load.expert_bytes * (1 - found))
+        return {"memory": compute_s(value, load.memory_bytes, len(load.layers))} | transfers_s
 
     def step_s(value: Mapping[str, float]) -> float:
         return side_by_side(ways(value).values(), value["overlap"])
 
+    factors = machine_factors(machine) | {"hits": Band(-1.0, 0.0, 1.0)}
+    return DecodeTime(propagate(step_s, factors), ways({name: factor.mid for name, factor in factors.items()}))
+
+
+def machine_factors(machine: Machine) -> dict[str, Band]:
+    """What a machine and this runtime on it give to a time; without a GPU nothing is copied."""
     factors = {
         "memory": machine.memory.band,
         "memory share": MEMORY_SHARE[machine.device],
@@ -64,11 +60,24 @@ def decode_time(load: TokenLoad, machine: Machine, hit_ratio: Band, reach: Band)
         "disk": machine.disk.band,
         "disk share": DISK_SHARE,
         "overlap": OVERLAP,
-        "hits": Band(-1.0, 0.0, 1.0),
     }
     if machine.copy is not None:
         factors |= {"copy": machine.copy.band, "copy share": COPY_SHARE}
-    return DecodeTime(propagate(step_s, factors), ways({name: factor.mid for name, factor in factors.items()}))
+    return factors
+
+
+def compute_s(value: Mapping[str, float], memory_bytes: float, num_layers: int, num_passes: int = 1) -> float:
+    """Of so many passes, whose bytes are given together: reading memory, and what layers and passes cost besides."""
+    read_s = memory_bytes / (value["memory"] * value["memory share"])
+    return read_s + num_passes * (num_layers * value["layer"] + value["token"])
+
+
+def transfer_s(value: Mapping[str, float], disk_bytes: float, copied_bytes: float) -> dict[str, float]:
+    """Of bytes from the disk, and of bytes to a GPU where ``value`` has one."""
+    spent_s = {"disk": disk_bytes / (value["disk"] * value["disk share"])}
+    if "copy" in value:
+        spent_s["copy"] = copied_bytes / (value["copy"] * value["copy share"])
+    return spent_s
 
 
 def side_by_side(seconds: Iterable[float], overlap: float) -> float:

@@ -11,16 +11,8 @@ experts, or somewhat fewer; those without a slot are read once a chunk::
 from collections.abc import Mapping
 
 from moe_offload.offload.forecast.band import Band, propagate
-from moe_offload.offload.forecast.calibration import (
-    COPY_SHARE,
-    DISK_SHARE,
-    LAYER_S,
-    MATRIX_SHARE,
-    MEMORY_SHARE,
-    OVERLAP,
-    TOKEN_S,
-)
-from moe_offload.offload.forecast.decode_time import side_by_side
+from moe_offload.offload.forecast.calibration import MATRIX_SHARE
+from moe_offload.offload.forecast.decode_time import compute_s, machine_factors, side_by_side, transfer_s
 from moe_offload.offload.forecast.machine import Machine
 from moe_offload.offload.forecast.token_load import LayerLoad, TokenLoad
 
@@ -34,46 +26,23 @@ def prompt_time(
     """Seconds from a prompt of ``prompt_tokens`` to the first token."""
     full, rest = divmod(prompt_tokens, chunk_tokens)
     chunks = [chunk_tokens] * full + ([rest] if rest else [])
-    touched_bytes = sum(_touched(layer, tokens) * layer.expert_bytes for tokens in chunks for layer in load.layers)
-    missing = {
-        "disk": sum(
-            _touched(layer, tokens) * layer.expert_bytes * (1 - min(1.0, max(layer.share, layer.host_share)))
-            for tokens in chunks
-            for layer in load.layers
-        ),
-        "copy": sum(
-            _touched(layer, tokens) * layer.expert_bytes * (1 - layer.share)
-            for tokens in chunks
-            for layer in load.layers
-        ),
-    }
+    touched = [(layer, _touched(layer, tokens) * layer.expert_bytes) for tokens in chunks for layer in load.layers]
+    touched_bytes = sum(num_bytes for _, num_bytes in touched)
+    disk_bytes = sum(num_bytes * (1 - min(1.0, max(layer.share, layer.host_share))) for layer, num_bytes in touched)
+    copied_bytes = sum(num_bytes * (1 - layer.share) for layer, num_bytes in touched)
 
     def seconds(value: Mapping[str, float]) -> float:
         memory_bytes = touched_bytes * value["touched"] + len(chunks) * (load.dense_bytes + load.kv_bytes)
-        compute_s = (
-            prompt_tokens * operations_per_token / (value["matrix"] * value["matrix share"])
-            + memory_bytes / (value["memory"] * value["memory share"])
-            + len(chunks) * (len(load.layers) * value["layer"] + value["token"])
-        )
-        ways_s = [compute_s, missing["disk"] * value["touched"] / (value["disk"] * value["disk share"])]
-        if machine.copy is not None:
-            ways_s.append(missing["copy"] * value["touched"] / (value["copy"] * value["copy share"]))
-        return side_by_side(ways_s, value["overlap"])
+        products_s = prompt_tokens * operations_per_token / (value["matrix"] * value["matrix share"])
+        computing_s = products_s + compute_s(value, memory_bytes, len(load.layers), len(chunks))
+        transfers_s = transfer_s(value, disk_bytes * value["touched"], copied_bytes * value["touched"])
+        return side_by_side([computing_s, *transfers_s.values()], value["overlap"])
 
-    factors = {
+    factors = machine_factors(machine) | {
         "touched": _TOUCHED,
         "matrix": machine.matrix.band,
         "matrix share": MATRIX_SHARE[machine.device],
-        "memory": machine.memory.band,
-        "memory share": MEMORY_SHARE[machine.device],
-        "layer": LAYER_S[machine.device],
-        "token": TOKEN_S[machine.device],
-        "disk": machine.disk.band,
-        "disk share": DISK_SHARE,
-        "overlap": OVERLAP,
     }
-    if machine.copy is not None:
-        factors |= {"copy": machine.copy.band, "copy share": COPY_SHARE}
     return propagate(seconds, factors)
 
 
