@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jinja2 import TemplateError
@@ -34,14 +34,16 @@ from moe_offload.offload.planning.memory import (
 )
 from moe_offload.offload.planning.plan import PackShape, Plan, make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
-from moe_offload.offload.profiling.prompts import OnPrompt, Prompt
-from moe_offload.offload.profiling.report import ProfileReport
-from moe_offload.offload.profiling.run_facts import Rates
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.row_embedding import table_in_pack
 from moe_offload.offload.tiers.choice import make_tier
-from moe_offload.offload.tracing.recording import Recording
+
+if TYPE_CHECKING:  # what most runs do without, and imports a good deal
+    from moe_offload.offload.profiling.prompts import OnPrompt, Prompt
+    from moe_offload.offload.profiling.report import ProfileReport
+    from moe_offload.offload.profiling.run_facts import Rates
+    from moe_offload.offload.tracing.recording import Recording
 
 CLOSE_TIMEOUT_S = 10.0
 VERIFY_MODES = ("first", "always", "off")
@@ -203,8 +205,7 @@ class OffloadedModel:
             config = pack_config(folder)
             torch_dtype = _dtype(dtype, config)
             tokenizer = _tokenizer(folder)
-            dense = DenseWeights(folder, manifest)
-            try:
+            with DenseWeights(folder, manifest) as dense:
                 top_k = experts_per_token(config.get_text_config(decoder=True))
                 table = table_in_pack(config, dense.keys(), torch_device.type)
                 plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype, without=table), torch_dtype)
@@ -229,8 +230,6 @@ class OffloadedModel:
                 except BaseException:
                     tier.close()
                     raise
-            finally:
-                dense.close()
             hot_set = HotSetFile(folder, plan.num_experts) if warm_start else None
             return cls(
                 loaded,
@@ -345,7 +344,7 @@ class OffloadedModel:
             decode_s=generator.decode_s,
         )
 
-    def tracing(self, path: str | PathLike[str] | None = None, *, tokens: bool = False) -> Recording:
+    def tracing(self, path: str | PathLike[str] | None = None, *, tokens: bool = False) -> "Recording":
         """Record what the model does inside a ``with``, into a file or, without a ``path``, in memory::
 
             with model.tracing() as recording:
@@ -358,20 +357,22 @@ class OffloadedModel:
         with kept_if_used(path) as writer:
             return self._record(writer, tokens=tokens)
 
-    def _record(self, writer: TraceWriter | None, *, tokens: bool) -> Recording:
+    def _record(self, writer: TraceWriter | None, *, tokens: bool) -> "Recording":
+        from moe_offload.offload.tracing.recording import Recording
+
         return Recording(self._loaded, self.plan, self.manifest, settings=self._settings, writer=writer, tokens=tokens)
 
     def profile(
         self,
-        prompts: Sequence[str | Prompt] | None = None,
+        prompts: "Sequence[str | Prompt] | None" = None,
         *,
         max_new_tokens: int = 64,
-        rates: Rates | None = None,
+        rates: "Rates | None" = None,
         measure_rates: bool = True,
         trace: str | PathLike[str] | None = None,
         perfetto: str | PathLike[str] | None = None,
-        on_prompt: OnPrompt | None = None,
-    ) -> ProfileReport:
+        on_prompt: "OnPrompt | None" = None,
+    ) -> "ProfileReport":
         """Run prompts and tell where the bytes and the time went::
 
             report = model.profile()
