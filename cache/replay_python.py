@@ -27,9 +27,13 @@ class BeladyPolicy:
         # From the end, the latest use of an expert seen so far is the next use of the one before.
         for index in reversed(range(events.num_events)):
             scores = self._scores[layers[index]]
-            for at in range(begins[index], begins[index + 1]):
+            uses = range(begins[index], begins[index + 1])
+            for at in uses:
                 self._after[at] = scores[experts[at]]
-                scores[experts[at]] = -float(index)
+            # Those that one event asks for are told apart by their uses after it: where a prompt may displace only
+            # what is colder, it matters which of them stays.
+            for rank, at in enumerate(sorted(uses, key=self._after.__getitem__)):
+                scores[experts[at]] = -float(index) + rank / len(uses)
         self._at = 0
 
     def foresee(self, layer_idx: int, expert_ids: Sequence[int]) -> None:

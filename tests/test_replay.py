@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from replay_traces import most_hits, naive_lru_hits, random_trace, token_events
 
@@ -104,6 +104,7 @@ def test_lru_hits_are_those_of_a_list(num_slots: int):
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(0, 3), st.integers(0, 4))
+@example(seed=657, top_k=1, extra_slots=0, prompt_tokens=3)  # an event that asks for several decides between them later
 @settings(max_examples=60, deadline=None)
 def test_belady_is_the_best_of_all_choices(seed: int, top_k: int, extra_slots: int, prompt_tokens: int):
     trace = random_trace(

@@ -1,6 +1,8 @@
 #include "belady.h"
 
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace {
 
@@ -13,12 +15,20 @@ class Belady final : public Policy {
         for (int32_t layer_idx = 0; layer_idx < events.num_layers; ++layer_idx)
             scores_[layer_idx].assign(events.num_experts[layer_idx], kNever);
         after_.resize(events.begin[events.num_events]);
+        std::vector<int64_t> rising;
         for (int64_t index = events.num_events - 1; index >= 0; --index) {
-            for (int64_t at = events.begin[index]; at < events.begin[index + 1]; ++at) {
-                double& score = scores_[events.layer_idx[index]][events.expert_ids[at]];
-                after_[at] = score;
-                score = -static_cast<double>(index);
-            }
+            std::vector<double>& scores = scores_[events.layer_idx[index]];
+            rising.resize(events.begin[index + 1] - events.begin[index]);
+            std::iota(rising.begin(), rising.end(), events.begin[index]);
+            for (int64_t at : rising) after_[at] = scores[events.expert_ids[at]];
+            std::stable_sort(rising.begin(), rising.end(),
+                             [&](int64_t left, int64_t right) { return after_[left] < after_[right]; });
+            // Those that one event asks for are told apart by their uses after it: where a prompt may displace only
+            // what is colder, it matters which of them stays.
+            const double num = static_cast<double>(rising.size());
+            for (size_t rank = 0; rank < rising.size(); ++rank)
+                scores[events.expert_ids[rising[rank]]] =
+                    -static_cast<double>(index) + static_cast<double>(rank) / num;
         }
     }
 
