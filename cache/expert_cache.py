@@ -85,11 +85,13 @@ class ExpertCache:
         *,
         weights: Sequence[float] | None = None,
         admit: Admit = Admit.ALWAYS,
+        most: int | None = None,
         phase: Phase = "decode",
     ) -> Lease:
         """Hold the slots of these experts, all different, best first, until `release`.
 
-        Where slots are short, the first come first. ``weights`` are for the policy (see `Policy.touch`).
+        Where slots are short, the first come first. ``most``: so many of the missing get a slot, those that the policy
+        scores highest; None: all that can. ``weights`` are for the policy (see `Policy.touch`).
         """
         with self._lock:
             self._release_abandoned()
@@ -99,14 +101,14 @@ class ExpertCache:
             held: list[int] = []
             self._leases[lease.lease_id] = (layer_idx, held)
             missing = layer.pin_resident(expert_ids, held, lease.hits, lease.prefetched)
-            only_if_hotter = admit is Admit.IF_HOTTER
-            # What this step asks for may inform who has to go, but must not decide that a newcomer is hotter.
-            if expert_ids and not only_if_hotter:
+            judged_before = admit is Admit.IF_HOTTER
+            # What a prompt's step asks for must not decide that a newcomer is hotter.
+            if expert_ids and not judged_before:
                 policy.touch(layer_idx, expert_ids, weights)
             if missing:
-                scores = policy.scores(layer_idx)
-                lease.bypassed = layer.admit_missing(missing, held, lease.misses, scores, only_if_hotter, phase)
-            if expert_ids and only_if_hotter:
+                scores, only_if_hotter = policy.scores(layer_idx), admit is not Admit.ALWAYS
+                lease.bypassed = layer.admit_missing(missing, held, lease.misses, scores, only_if_hotter, phase, most)
+            if expert_ids and judged_before:
                 policy.touch(layer_idx, expert_ids, weights)
             layer.end_request(expert_ids, len(lease.hits), len(lease.misses), phase)
             if self._observer is not None:

@@ -46,9 +46,14 @@ class Layer:
         scores: Sequence[float],
         only_if_hotter: bool,
         phase: Phase,
+        most: int | None = None,
     ) -> list[int]:
-        """Pinned slots for the missing, as far as there are any; returns those that get none."""
+        """Pinned slots for ``most`` of the missing, as far as there are any; returns those that get none."""
         slots = self.slots
+        if most is not None and most < len(missing):
+            missing = sorted(missing, key=scores.__getitem__, reverse=True)
+            refused = missing[most:]
+            return self.admit_missing(missing[:most], held, misses, scores, only_if_hotter, phase) + refused
         coldest: Iterator[int] = iter(())
         if len(missing) > len(slots.empty):
             coldest = iter(slots.coldest_first(scores))

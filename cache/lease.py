@@ -13,6 +13,8 @@ class Admit(Enum):
     """As long as a slot can be evicted (decode)."""
     IF_HOTTER = "if-hotter"
     """Only a victim that the policy scores below the newcomer, both judged before this step (prefill)."""
+    IF_HOTTER_NOW = "if-hotter-now"
+    """The same, both judged with this step: for who needs no slot to be computed this time, but may the next."""
 
 
 class Placement(NamedTuple):

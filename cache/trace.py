@@ -38,12 +38,12 @@ class TransferKind(IntEnum):
 class EventKind(IntEnum):
     """What was asked of the cache, or told to it."""
 
-    ACQUIRE = 0  # `ExpertCache.acquire` with `Admit.ALWAYS`: a decode step
+    ACQUIRE = 0  # `ExpertCache.acquire` in a decode step; replay takes it for one with `Admit.ALWAYS`
     ACQUIRE_IF_HOTTER = 1  # with `Admit.IF_HOTTER`: a prompt
     NEW_SEQUENCE = 2
     PREFETCH = 3  # `admit_prefetch`, into empty slots only
     PREFETCH_EVICTING = 4
-    LOADED = 5  # `mark_loaded`; only what was prefetched or warmed, since a step waits for all it asks for
+    LOADED = 5  # `mark_loaded`; only what no step waits for: prefetched, warmed, or computed on the CPU
     DROPPED = 6  # `drop_prefetch`
     FAILED = 7  # `mark_failed`
     WARM = 8  # `admit_warm`

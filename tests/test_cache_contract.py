@@ -54,13 +54,17 @@ class CacheMachine(RuleBasedStateMachine):
         return found | {expert_idx: slot for (layer, expert_idx), slot in self.in_flight.items() if layer == layer_idx}
 
     @rule(
-        layer_idx=layers, ids=expert_lists, admit=st.sampled_from(Admit), phase=st.sampled_from(["decode", "prefill"])
+        layer_idx=layers,
+        ids=expert_lists,
+        admit=st.sampled_from(Admit),
+        most=st.none() | st.integers(0, 3),
+        phase=st.sampled_from(["decode", "prefill"]),
     )
-    def acquire(self, layer_idx: int, ids: list[int], admit: Admit, phase: Any) -> None:
+    def acquire(self, layer_idx: int, ids: list[int], admit: Admit, most: int | None, phase: Any) -> None:
         ids = [expert_idx for expert_idx in ids if expert_idx < NUM_EXPERTS[layer_idx]]
         before, held = self.where(layer_idx), self.held(layer_idx)
         before_stats = self.cache.stats.snapshot()
-        lease = self.cache.acquire(layer_idx, ids, admit=admit, phase=phase, weights=[0.5] * len(ids))
+        lease = self.cache.acquire(layer_idx, ids, admit=admit, most=most, phase=phase, weights=[0.5] * len(ids))
 
         assert [hit.expert_idx for hit in lease.hits] == [expert_idx for expert_idx in ids if expert_idx in before]
         for hit in lease.hits:
@@ -72,7 +76,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert not {miss.victim for miss in lease.misses} & set(ids)
         self.bring(layer_idx, lease.misses)
         self.leases.append((lease, {p.expert_idx: p.slot for p in lease.hits + lease.misses}))
-        if lease.bypassed and admit is Admit.ALWAYS:
+        assert most is None or len(lease.misses) <= most
+        if lease.bypassed and admit is Admit.ALWAYS and len(lease.misses) != most:
             busy = held | self.held(layer_idx) | {at for (lay, _), at in self.in_flight.items() if lay == layer_idx}
             assert busy == self.slots[layer_idx]
 
@@ -91,7 +96,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def whole_step(self, layer_idx: int, ids: list[int], admit: Admit, phase: Any) -> None:
         """As most steps go; without it, too few experts are ever loaded to be evicted."""
-        self.acquire(layer_idx, ids, admit, phase)
+        self.acquire(layer_idx, ids, admit, None, phase)
         for miss in self.leases[-1][0].misses:
             self.load(sorted(self.in_flight).index((layer_idx, miss.expert_idx)))
         self.release(len(self.leases) - 1, True)

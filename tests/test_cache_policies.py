@@ -157,6 +157,30 @@ def test_what_a_prompt_asks_for_counts_afterwards(name: str):
     assert cache.hot_set() == [[0, 1]]
 
 
+def test_the_best_of_the_missing_get_the_slots_there_may_be():
+    cache = ExpertCache([6], [3], "lfu")
+    for expert_idx in (5, 5, 4, 4, 4, 3):
+        step(cache, expert_idx)
+    cache.resize(0, 1)
+    cache.resize(0, 3)
+    assert sorted(cache.resident(0)) == [4]
+    lease = cache.acquire(0, [3, 4, 5, 2], most=1)
+    assert [miss.expert_idx for miss in lease.misses] == [5]
+    assert lease.bypassed == [3, 2]
+    assert cache.acquire(0, [0, 1], most=0).bypassed == [0, 1]
+
+
+def test_who_is_hotter_now_gets_the_slot_of_a_colder_one():
+    """A use counts that a prompt's rule leaves out of account."""
+    cache = ExpertCache([4], [1], "lfu")
+    step(cache, 0)
+    before = cache.acquire(0, [1], admit=Admit.IF_HOTTER, phase="prefill")
+    assert before.bypassed == [1]
+    now = cache.acquire(0, [1], admit=Admit.IF_HOTTER_NOW)
+    assert [(miss.expert_idx, miss.victim) for miss in now.misses] == [(1, 0)]
+    assert cache.acquire(0, [2], admit=Admit.IF_HOTTER_NOW).bypassed == [2]
+
+
 def test_a_step_without_experts_is_no_event():
     cache = ExpertCache([4], [2], "decay")
     step(cache, 0)

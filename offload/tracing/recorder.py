@@ -189,7 +189,7 @@ class Recorder:
     def acquired(self, lease: Lease, expert_ids: Sequence[int], weights: Sequence[float] | None, admit: Admit) -> None:
         here = self._here()
         layer = here.layer
-        kind = _ACQUIRE if admit is Admit.ALWAYS else _ACQUIRE_IF_HOTTER
+        kind = _ACQUIRE_IF_HOTTER if admit is Admit.IF_HOTTER else _ACQUIRE
         ids, given = list(expert_ids), None if weights is None else list(weights)
         self._events.append(EventNote(kind, lease.layer_idx, ids, given, here.running, layer))
         if layer is not None:
