@@ -129,6 +129,11 @@ class MoeStep:
         """Whether kernels were built and can take this ``x``."""
         return kernels.usable(x) and x.dtype in kernels.DTYPES
 
+    @property
+    def outputs(self) -> Tensor:
+        """``fp32 [n, H]``: each expert's own, in the order in which they were first named, once it was computed."""
+        return self._outputs
+
     def compute(self, experts: Sequence[tuple[int, PackedMlp]]) -> None:
         """Some of the experts, each of which comes once."""
         row_of = self.row_of

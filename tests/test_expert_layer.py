@@ -14,7 +14,7 @@ NUM_EXPERTS, HIDDEN = 6, 3
 class BackwardsResidency:
     """Has every expert; computes them in the order opposite to the one asked for. An expert's weights: its number."""
 
-    observer = None
+    observer = peers = None
 
     def run(self, layer_idx: int, expert_ids: Sequence[int], compute: Callable[[int, Any], None], **_: Any) -> None:
         assert len(set(expert_ids)) == len(expert_ids)

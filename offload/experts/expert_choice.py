@@ -13,8 +13,8 @@ from torch import nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.forwards import layer_and_expert
-from moe_offload.offload.experts.layer import ExpertFn, ExpertLayer
-from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.experts.layer import ExpertLayer
+from moe_offload.offload.experts.pair_outputs import ExpertFn
 
 
 class ExpertChoiceBlock(nn.Module):
@@ -61,11 +61,13 @@ class ExpertChoiceBlock(nn.Module):
         gates, chosen = scores.t().topk(self.capacity(len(tokens)), dim=-1)  # [E, C]
         outputs: dict[int, torch.Tensor] = {}
 
-        def compute(expert_idx: int, weights: ExpertWeights) -> None:
-            outputs[expert_idx] = self._expert(weights, tokens[chosen[expert_idx]])
+        def rows(expert_idx: int) -> torch.Tensor:
+            return tokens[chosen[expert_idx]]
 
         num_experts = self._layer.num_experts
-        self._layer.for_each_expert(range(num_experts), compute, weights=gates.sum(-1).tolist())
+        self._layer.for_each_expert(
+            range(num_experts), rows, self._expert, outputs.__setitem__, weights=gates.sum(-1).tolist()
+        )
         combined = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
         for expert_idx in range(num_experts):
             # An expert's tokens are distinct: no two additions meet, so the result does not depend on their order.

@@ -14,11 +14,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.activations import find_activation
 from moe_offload.offload.experts.containers import ExpertContainer
-from moe_offload.offload.experts.layer import ExpertFn, ExpertLayer
+from moe_offload.offload.experts.layer import ExpertLayer
+from moe_offload.offload.experts.pair_outputs import ExpertFn
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 
 IMPLEMENTATION = "offload"
 _LAYER = "_moe_offload_layer"
+
+Mlp = tuple[ExpertFn, MlpParts | None]
+"""One expert's MLP as code, and what it is made of if kernels may compute it in its place."""
 
 
 def _mlp_parts(
@@ -82,23 +86,22 @@ def decorated_forward(
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, decorated_forward)
 
 
-def _gated_mlp(module: Any) -> Callable[[ExpertWeights, torch.Tensor], torch.Tensor]:
+def _gated_mlp(container: ExpertContainer) -> Mlp:
+    module: Any = container.module
+
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
         return weights.linear("down_proj", module._apply_gate(weights.linear("gate_up_proj", hidden_states)))
 
-    return expert
+    return expert, _mlp_parts(container, ("gate_up_proj",), "down_proj", module._apply_gate)
 
 
 def _gated(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """Step-3: as the decorated kind, without the decorator."""
-    module: Any = container.module
-    expert = _gated_mlp(module)
-    parts = _mlp_parts(container, ("gate_up_proj",), "down_proj", module._apply_gate)
+    expert, parts = _gated_mlp(container)
     return lambda hidden_states, index, weights: layer.routed(hidden_states, index, weights, expert, parts)
 
 
-def _longcat(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
-    """LongCat-Flash: experts from ``num_routed_experts`` on are the identity."""
+def _longcat_mlp(container: ExpertContainer) -> Mlp:
     module: Any = container.module
 
     def apply_gate(hidden: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,12 @@ def _longcat(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., to
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
         return weights.linear("down_proj", apply_gate(weights.linear("gate_up_proj", hidden_states)))
 
-    parts = _mlp_parts(container, ("gate_up_proj",), "down_proj", apply_gate)
+    return expert, _mlp_parts(container, ("gate_up_proj",), "down_proj", apply_gate)
+
+
+def _longcat(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+    """LongCat-Flash: experts from ``num_routed_experts`` on are the identity."""
+    expert, parts = _longcat_mlp(container)
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         routed = layer.routed(hidden_states, top_k_index, top_k_weights, expert, parts)
@@ -119,8 +127,8 @@ def _longcat(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., to
     return forward
 
 
-def _dbrx(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
-    """DBRX: ``w2`` is held transposed in the pack."""
+def _dbrx_mlp(container: ExpertContainer) -> Mlp:
+    """``w2`` is held transposed in the pack."""
     module: Any = container.module
 
     def apply_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -131,7 +139,13 @@ def _dbrx(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch
         gate, up = weights.linear("w1", hidden_states), weights.linear("v1", hidden_states)
         return weights.linear("w2", apply_gate(gate, up))
 
-    parts = _mlp_parts(container, ("w1", "v1"), "w2", lambda hidden: apply_gate(*hidden.chunk(2, dim=-1)))
+    return expert, _mlp_parts(container, ("w1", "v1"), "w2", lambda hidden: apply_gate(*hidden.chunk(2, dim=-1)))
+
+
+def _dbrx(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+    """DBRX: whatever the shape of its input, its experts see rows."""
+    module: Any = container.module
+    expert, parts = _dbrx_mlp(container)
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.reshape(-1, module.hidden_size)
@@ -141,6 +155,16 @@ def _dbrx(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch
     return forward
 
 
+def _llama4_mlp(container: ExpertContainer) -> Mlp:
+    module: Any = container.module
+
+    def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = weights.linear("gate_up_proj", hidden_states).chunk(2, dim=-1)
+        return weights.linear("down_proj", up * module.act_fn(gate))
+
+    return expert, None
+
+
 def _llama4(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """Llama 4: the input is ``[E * T, H]``, every token times its router score for every expert.
 
@@ -148,26 +172,31 @@ def _llama4(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., tor
     outputs are not weighted again.
     """
     module: Any = container.module
+    expert, _ = _llama4_mlp(container)
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.view(layer.num_experts, -1, module.hidden_size)  # [E, T, H]
         is_routed = rows.ne(0).any(-1)
         out = torch.zeros_like(rows)
 
-        def compute(expert_idx: int, weights: ExpertWeights) -> None:
-            tokens = is_routed[expert_idx]
-            gate, up = weights.linear("gate_up_proj", rows[expert_idx][tokens]).chunk(2, dim=-1)
-            out[expert_idx][tokens] = weights.linear("down_proj", up * module.act_fn(gate))
+        def put(expert_idx: int, output: torch.Tensor) -> None:
+            out[expert_idx][is_routed[expert_idx]] = output
 
-        layer.for_each_expert(is_routed.any(-1).nonzero().flatten().tolist(), compute)
+        touched = is_routed.any(-1).nonzero().flatten().tolist()
+        layer.for_each_expert(touched, lambda expert_idx: rows[expert_idx][is_routed[expert_idx]], expert, put)
         return out.view(-1, module.hidden_size)
 
     return forward
 
 
+def _jetmoe_mlp(container: ExpertContainer) -> Mlp:
+    return lambda weights, inputs: weights.linear("weight", inputs), None
+
+
 def _jetmoe(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """JetMoe: rows sorted by expert, with the number of rows of each; the router's weights are applied outside."""
     module: Any = container.module
+    expert, _ = _jetmoe_mlp(container)
 
     def forward(inputs: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         out = inputs.new_empty(inputs.shape[0], module.output_size)
@@ -175,24 +204,32 @@ def _jetmoe(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., tor
         for size in expert_size:
             ends.append(ends[-1] + size)
 
-        def compute(expert_idx: int, weights: ExpertWeights) -> None:
-            rows = slice(ends[expert_idx], ends[expert_idx + 1])
-            out[rows] = weights.linear("weight", inputs[rows])
+        def rows(expert_idx: int) -> slice:
+            return slice(ends[expert_idx], ends[expert_idx + 1])
 
-        layer.for_each_expert([expert_idx for expert_idx, size in enumerate(expert_size) if size], compute)
+        def put(expert_idx: int, output: torch.Tensor) -> None:
+            out[rows(expert_idx)] = output
+
+        touched = [expert_idx for expert_idx, size in enumerate(expert_size) if size]
+        layer.for_each_expert(touched, lambda expert_idx: inputs[rows(expert_idx)], expert, put)
         return out
 
     return forward
 
 
-def _switch(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
-    """Switch Transformers: one expert a token, none where its capacity is used up; ``selected [T, 1, E]`` one-hot."""
+def _switch_mlp(container: ExpertContainer) -> Mlp:
     module: Any = container.module
     act = module["expert_0"].act
-    parts = _mlp_parts(container, ("wi.weight",), "wo.weight", act, has_gate=False)
 
     def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
         return weights.linear("wo.weight", act(weights.linear("wi.weight", hidden_states)))
+
+    return expert, _mlp_parts(container, ("wi.weight",), "wo.weight", act, has_gate=False)
+
+
+def _switch(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+    """Switch Transformers: one expert a token, none where its capacity is used up; ``selected [T, 1, E]`` one-hot."""
+    expert, parts = _switch_mlp(container)
 
     def forward(
         hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
@@ -203,6 +240,20 @@ def _switch(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., tor
     return forward
 
 
+def _nllb_mlp(container: ExpertContainer) -> Mlp:
+    module: Any = container.module
+    act = module["expert_0"].act
+
+    def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden = weights.linear("fc1.weight", hidden_states)
+        hidden = act(hidden + weights.tensor("fc1.bias", hidden.dtype))
+        hidden = weights.linear("fc2.weight", hidden)
+        return hidden + weights.tensor("fc2.bias", hidden.dtype)
+
+    biases = ("fc1.bias", "fc2.bias")
+    return expert, _mlp_parts(container, ("fc1.weight",), "fc2.weight", act, has_gate=False, biases=biases)
+
+
 def _nllb(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """NLLB-MoE: GShard's top-2 with capacities, as in transformers 4; ``router_probs [T, E]`` is zero elsewhere.
 
@@ -210,14 +261,7 @@ def _nllb(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch
     0 and 1 ever run. Here the probabilities decide, as they did before.
     """
     module: Any = container.module
-    act = module["expert_0"].act
-    parts = _mlp_parts(container, ("fc1.weight",), "fc2.weight", act, has_gate=False, biases=("fc1.bias", "fc2.bias"))
-
-    def expert(weights: ExpertWeights, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden = weights.linear("fc1.weight", hidden_states)
-        hidden = act(hidden + weights.tensor("fc1.bias", hidden.dtype))
-        hidden = weights.linear("fc2.weight", hidden)
-        return hidden + weights.tensor("fc2.bias", hidden.dtype)
+    expert, parts = _nllb_mlp(container)
 
     def forward(hidden_states: torch.Tensor, router_mask: torch.Tensor, router_probs: torch.Tensor) -> torch.Tensor:
         weights, index = router_probs.topk(2, dim=-1)
@@ -226,6 +270,17 @@ def _nllb(container: ExpertContainer, layer: ExpertLayer) -> Callable[..., torch
 
     return forward
 
+
+_MLPS: dict[str, Callable[[ExpertContainer], Mlp]] = {
+    "dbrx": _dbrx_mlp,
+    "decorated": lambda container: (decorated_mlp(container.module), _decorated_parts(container)),
+    "gated": _gated_mlp,
+    "jetmoe": _jetmoe_mlp,
+    "llama4": _llama4_mlp,
+    "longcat": _longcat_mlp,
+    "nllb": _nllb_mlp,
+    "switch": _switch_mlp,
+}
 
 _FORWARDS: dict[str, Callable[[ExpertContainer, ExpertLayer], Callable[..., torch.Tensor]]] = {
     "dbrx": _dbrx,
@@ -274,10 +329,15 @@ def layer_and_expert(module: nn.Module) -> tuple[ExpertLayer, ExpertFn]:
     return installed[:2]
 
 
+def expert_mlp(container: ExpertContainer) -> Mlp:
+    """One expert's MLP of a container of any kind."""
+    return _MLPS[container.kind](container)
+
+
 def install_expert_layer(container: ExpertContainer, layer: ExpertLayer) -> None:
     """Make the container compute with ``layer``."""
     module: nn.Module = container.module
     if container.kind == "decorated":
-        object.__setattr__(module, _LAYER, (layer, decorated_mlp(module), _decorated_parts(container)))
+        object.__setattr__(module, _LAYER, (layer, *expert_mlp(container)))
     else:
         module.forward = _FORWARDS[container.kind](container, layer)

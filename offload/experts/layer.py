@@ -1,7 +1,7 @@
 """One MoE layer at run time: which rows go to which expert, and the sum of what comes back, in router order."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from moe_offload.errors import ConfigError
+from moe_offload.offload.experts.pair_outputs import ExpertFn, PairOutputs, compute_pairs, stretches
+from moe_offload.offload.experts.peers import Answers, Call
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 from moe_offload.quant.moe_layer import MoeStep
 
-ExpertFn = Callable[[ExpertWeights, torch.Tensor], torch.Tensor]
-"""One expert's MLP: its weights and rows ``[rows, in]`` to ``[rows, out]``."""
-
+_FIRST_ROW = torch.zeros(1, dtype=torch.long)
 # Routed outputs [T, K, H] are held until they are summed in router order: a longer prompt goes through in pieces.
 ROUTED_BUFFER_BYTES = 64 << 20
 
@@ -89,18 +89,25 @@ class ExpertLayer:
     def for_each_expert(
         self,
         expert_ids: Sequence[int],
-        compute: Callable[[int, ExpertWeights], None],
+        rows: Callable[[int], torch.Tensor],
+        expert_fn: ExpertFn,
+        put: Callable[[int, torch.Tensor], None],
         *,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """Call ``compute`` once for each expert as its weights become available, in no particular order."""
+        """``put(expert, expert_fn(its weights, rows(expert)))`` once for each expert, in no particular order."""
         observer = self._residency.observer
-        if observer is None:
-            self._run_each(expert_ids, compute, weights)
-            return
-        observer.begin_layer(self.layer_idx, None, None)
-        self._run_each(expert_ids, compute, weights)
-        observer.end_layer()
+        if observer is not None:
+            observer.begin_layer(self.layer_idx, None, None)
+        asked: Answers = ()
+        if foreign := self._elsewhere(expert_ids):
+            inputs = [rows(expert_idx) for expert_idx in foreign]
+            asked = self._ask(Call.EACH, torch.cat(inputs), dict(zip(foreign, stretches(inputs), strict=True)))
+        self._run_each(expert_ids, lambda e, expert_weights: put(e, expert_fn(expert_weights, rows(e))), weights)
+        for expert_idx, output in asked:
+            put(expert_idx, output)
+        if observer is not None:
+            observer.end_layer()
 
     def _run_each(
         self,
@@ -109,7 +116,55 @@ class ExpertLayer:
         weights: Sequence[float] | None = None,
     ) -> None:
         prefill, issued = self._begin(expert_ids)
-        self._residency.run(self.layer_idx, expert_ids, compute, weights=weights, prefill=prefill, issued=issued)
+        here, weights = self._here(expert_ids, weights)
+        self._residency.run(self.layer_idx, here, compute, weights=weights, prefill=prefill, issued=issued)
+
+    # -- experts that other processes hold --
+
+    def _elsewhere(self, expert_ids: Iterable[int]) -> list[int]:
+        peers = self._residency.peers
+        return [] if peers is None else [e for e in expert_ids if not peers.is_here(e)]
+
+    def _here(
+        self, expert_ids: Sequence[int], weights: Sequence[float] | None
+    ) -> tuple[Sequence[int], Sequence[float] | None]:
+        peers = self._residency.peers
+        if peers is None:
+            return expert_ids, weights
+        ranks = [rank for rank, expert_idx in enumerate(expert_ids) if peers.is_here(expert_idx)]
+        return [expert_ids[rank] for rank in ranks], None if weights is None else [weights[rank] for rank in ranks]
+
+    def _ask(self, call: Call, x: torch.Tensor, rows_of: Mapping[int, torch.Tensor]) -> Answers:
+        """Have those experts computed where they are, while this process computes its own; iterate to wait for it."""
+        peers = self._residency.peers
+        if peers is None or not rows_of:
+            return ()
+        self._step.check_stopped()
+        return peers.ask(self.layer_idx, call, x, rows_of, prefill=self._step.prefill)
+
+    def compute_rows(
+        self,
+        call: Call,
+        x: torch.Tensor,
+        rows_of: Mapping[int, torch.Tensor],
+        expert_fn: ExpertFn,
+        parts: MlpParts | None,
+    ) -> torch.Tensor:
+        """What another process asks for: each expert on its rows of ``x [R, H]``, one after the other ``[.., H]``.
+
+        By the very calls that would be made if these experts were there, so the numbers are the same bits.
+        """
+        if call is Call.STEP:
+            assert parts is not None
+            step = MoeStep(parts.activation, x, list(rows_of), [0.0] * len(rows_of))
+            self._run_step(step, list(rows_of), None, x, expert_fn, parts)
+            return step.outputs
+        outputs = PairOutputs(sum(map(len, rows_of.values())), False)
+        places = dict(zip(rows_of, stretches(rows_of.values()), strict=True))
+        compute = partial(compute_pairs, x, rows_of, places, outputs, expert_fn, parts if call is Call.ROWS else None)
+        self._run_each(list(rows_of), compute)
+        assert outputs.rows is not None
+        return outputs.rows
 
     def _begin(self, expert_ids: Sequence[int]) -> tuple[bool, Callable[[], None] | None]:
         """Whether this is a prompt, and what to call when the misses are on their way."""
@@ -189,7 +244,22 @@ class ExpertLayer:
                 return torch.zeros_like(hidden_states)
             order, weights = [e for e, _ in named], [weight for _, weight in named]
         step = MoeStep(parts.activation, hidden_states, order, weights)
+        weight_of = dict(zip(order, weights, strict=True))
+        asked = self._ask(Call.STEP, hidden_states, dict.fromkeys(self._elsewhere(weight_of), _FIRST_ROW))
+        self._run_step(step, list(weight_of), list(weight_of.values()), hidden_states, expert_fn, parts)
+        for expert_idx, output in asked:
+            step.put(expert_idx, output)
+        return step.result
 
+    def _run_step(
+        self,
+        step: MoeStep,
+        expert_ids: Sequence[int],
+        weights: Sequence[float] | None,
+        hidden_states: torch.Tensor,
+        expert_fn: ExpertFn,
+        parts: MlpParts,
+    ) -> None:
         def compute(experts: Sequence[tuple[int, ExpertWeights]]) -> None:
             packed = []
             for expert_idx, expert_weights in experts:
@@ -200,13 +270,9 @@ class ExpertLayer:
                     packed.append((expert_idx, mlp))
             step.compute(packed)
 
-        weight_of = dict(zip(order, weights, strict=True))
-        expert_ids = list(weight_of)
         prefill, issued = self._begin(expert_ids)
-        self._residency.run_together(
-            self.layer_idx, expert_ids, compute, weights=list(weight_of.values()), prefill=prefill, issued=issued
-        )
-        return step.result
+        here, weights = self._here(expert_ids, weights)
+        self._residency.run_together(self.layer_idx, here, compute, weights=weights, prefill=prefill, issued=issued)
 
     def _routed_token(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
@@ -219,7 +285,9 @@ class ExpertLayer:
         def compute(expert_idx: int, weights: ExpertWeights) -> None:
             outputs[expert_idx] = expert_fn(weights, hidden_states)
 
+        asked = self._ask(Call.EACH, hidden_states, dict.fromkeys(self._elsewhere(weight_of), _FIRST_ROW))
         self._run_each(list(weight_of), compute, list(weight_of.values()))
+        outputs |= asked
         if not outputs:
             return torch.zeros_like(hidden_states)
         is_partial = max(index) >= self.num_experts
@@ -240,28 +308,16 @@ class ExpertLayer:
         num_tokens, top_k = top_k_index.shape
         pairs_of, weights = self._assign(top_k_index, top_k_weights)
         is_partial = sum(map(len, pairs_of.values())) < num_tokens * top_k
-        outputs: torch.Tensor | None = None
-
-        def room(like: torch.Tensor) -> torch.Tensor:
-            nonlocal outputs
-            if outputs is None:
-                shape = (num_tokens * top_k, like.shape[-1])
-                outputs = like.new_zeros(shape) if is_partial else like.new_empty(shape)
-            return outputs
-
-        def compute(expert_idx: int, weights: ExpertWeights) -> None:
-            pairs = pairs_of[expert_idx]
-            mlp = None if parts is None else weights.packed_mlp(parts)
-            if parts is not None and mlp is not None and mlp.takes_rows(hidden_states, len(pairs)):
-                mlp.compute_rows(parts.activation, hidden_states, pairs // top_k, room(hidden_states), pairs)
-                return
-            result = expert_fn(weights, hidden_states[pairs // top_k])
-            room(result)[pairs] = result
-
+        outputs = PairOutputs(num_tokens * top_k, is_partial)
+        rows_of = {expert_idx: pairs // top_k for expert_idx, pairs in pairs_of.items()}
+        asked = self._ask(Call.ROWS, hidden_states, {e: rows_of[e] for e in self._elsewhere(rows_of)})
+        compute = partial(compute_pairs, hidden_states, rows_of, pairs_of, outputs, expert_fn, parts)
         self._run_each(list(pairs_of), compute, weights)
-        if outputs is None:
+        for expert_idx, output in asked:
+            outputs.room(output)[pairs_of[expert_idx]] = output
+        if outputs.rows is None:
             return torch.zeros_like(hidden_states)
-        return self._sum(outputs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
+        return self._sum(outputs.rows, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
 
     def _sum(
         self, pairs: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, is_partial: bool

@@ -17,6 +17,7 @@ from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
 from moe_offload.offload.experts.forgotten import close_apart
 from moe_offload.offload.experts.guesses import Guesses
 from moe_offload.offload.experts.interrupts import InterruptShield
+from moe_offload.offload.experts.peers import Peers
 from moe_offload.offload.experts.step_observer import StepObserver
 from moe_offload.offload.experts.weights import ExpertWeights
 from moe_offload.offload.streaming.reader import ReadCancelledError, ReadObserver
@@ -43,6 +44,7 @@ class Residency:
     def __init__(self, cache: ExpertCache, tier: ComputeTier) -> None:
         self.cache = cache
         self.observer: StepObserver | None = None
+        self.peers: Peers | None = None
         self._tier = tier
         self._lock = threading.RLock()  # a transfer may be done before it has been begun
         self._loads: dict[tuple[int, int], _Load] = {}  # (layer_idx, expert_idx)
@@ -407,8 +409,11 @@ class Residency:
         """Start bringing experts that a step may ask for, likeliest first, behind all demand.
 
         Into empty slots, then into staging, from where nothing has to be evicted for a mere guess; into the slots of
-        others only where a tier's staging cannot take a slot's place.
+        others only where a tier's staging cannot take a slot's place. Experts of other processes are brought there.
         """
+        if (peers := self.peers) is not None:
+            peers.prefetch(layer_idx, [expert_idx for expert_idx in expert_ids if not peers.is_here(expert_idx)])
+            expert_ids = [expert_idx for expert_idx in expert_ids if peers.is_here(expert_idx)]
         exchanges = self._tier.exchanges(layer_idx)
         with self._lock:  # no step is to recover meanwhile: it would take back slots that nothing is known to fill
             loads = [
