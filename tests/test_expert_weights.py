@@ -5,9 +5,10 @@ import torch
 from torch.nn.functional import linear
 
 from moe_offload.errors import PackCorruptError
-from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
+from moe_offload.offload.experts.weights import ExpertWeights, MlpParts, PartLayout
 from moe_offload.offload.pack.manifest import LayerLayout, PartSpec
 from moe_offload.quant import get_format
+from moe_offload.quant.activation import Activation
 
 
 def test_pieces_of_a_parameter_are_stacked_by_rows():
@@ -35,3 +36,19 @@ def test_pieces_of_a_parameter_are_stacked_by_rows():
 def test_a_part_of_another_size_than_its_format_gives_is_refused(part, message):
     with pytest.raises(PackCorruptError, match=message):
         PartLayout([part])
+
+
+def test_an_mlp_is_told_to_kernels_by_its_parts():
+    shapes = {"up#0": (8, 64), "up#1": (8, 64), "down": (64, 8), "down#1": (64, 8), "up_bias": (16,)}
+    parts, end = [], 0
+    for name, shape in shapes.items():
+        parts.append(PartSpec(name, shape, "bf16", end, get_format("bf16").nbytes(shape)))
+        end += parts[-1].size_bytes
+    activation = Activation("sigmoid")
+    mlp = PartLayout(parts[:3] + parts[4:]).slot_mlp(MlpParts(("up",), "down", activation, "up_bias"))
+    assert mlp is not None
+    assert [part.offset_bytes for part in mlp.up] == [0, 1024]
+    assert (mlp.down.offset_bytes, mlp.up_bias.offset_bytes) == (2048, 4096)
+    assert mlp.down_bias is None
+    assert PartLayout(parts).slot_mlp(MlpParts(("up",), "down", activation)) is None
+    assert PartLayout(parts[:3]).slot_mlp(MlpParts(("down",), "down", activation)) is None

@@ -11,6 +11,7 @@ from moe_offload.quant import Format, get_format
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.moe_layer import PackedMlp
 from moe_offload.quant.raw import RawFormat
+from moe_offload.quant.slot_kernels import SlotMlp, SlotPart
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,17 @@ class _Piece:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+@dataclass(frozen=True)
+class MlpParts:
+    """Which parts an expert's MLP consists of, ``up`` being stacked by rows, and what it does between its products."""
+
+    up: tuple[str, ...]
+    down: str
+    activation: Activation
+    up_bias: str | None = None
+    down_bias: str | None = None
 
 
 class PartLayout:
@@ -40,16 +52,21 @@ class PartLayout:
             piece = _Piece(get_format(part.format), part.shape, part.offset_bytes, part.offset_bytes + part.size_bytes)
             self.pieces.setdefault(part.name.partition("#")[0], []).append(piece)
 
+    def slot_mlp(self, parts: MlpParts) -> SlotMlp | None:
+        """The MLP as kernels find it in any slot of a slab; None if it is not one that they can be told."""
+        up = [part for name in parts.up for part in self._slot_parts(name)]
+        down, up_bias, down_bias = map(self._slot_parts, (parts.down, parts.up_bias, parts.down_bias))
+        if any(len(pieces) > 1 for pieces in (down, up_bias, down_bias)):
+            return None
+        biases = [pieces[0] if pieces else None for pieces in (up_bias, down_bias)]
+        try:
+            return SlotMlp(tuple(up), down[0], parts.activation, *biases)
+        except FormatError:
+            return None
 
-@dataclass(frozen=True)
-class MlpParts:
-    """Which parts an expert's MLP consists of, ``up`` being stacked by rows, and what it does between its products."""
-
-    up: tuple[str, ...]
-    down: str
-    activation: Activation
-    up_bias: str | None = None
-    down_bias: str | None = None
+    def _slot_parts(self, name: str | None) -> list[SlotPart]:
+        pieces = [] if name is None else self.pieces[name]
+        return [SlotPart(piece.format, piece.shape, piece.begin) for piece in pieces]
 
 
 class ExpertWeights:
