@@ -32,7 +32,8 @@ class SlotKernels(Protocol):
     ) -> None:
         """A few rows, all of whose experts are here, summed by ``weights`` fp32 ``[R, K]`` to ``result [R, H]``.
 
-        ``result`` is fp32, bf16 or fp16. The same bits as `decode_experts`, in any number of calls, and then `combine`. Slot -1 contributes nothing.
+        ``result`` is fp32, bf16 or fp16. The same bits as of
+        `decode_experts`, in any number of calls, and `combine` after them. Slot -1 contributes nothing.
         """
 
     def combine(self, outputs: Tensor, slots: Tensor, weights: Tensor, result: Tensor) -> None:
