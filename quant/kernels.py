@@ -15,6 +15,7 @@ from moe_offload.errors import ConfigError
 from moe_offload.libraries import load_library
 from moe_offload.quant import reference
 from moe_offload.quant.layout import PackedLayout
+from moe_offload.quant.threads import num_threads
 
 _ENVIRONMENT = "MOE_OFFLOAD_KERNELS"
 _TORCH = "torch"
@@ -173,7 +174,7 @@ def quantize(weight: Tensor, packed: Tensor, layout: PackedLayout, code: int) ->
     library, isa = _call()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     status = library.moe_offload_quantize(
-        isa, ctypes.byref(packed_weight(packed, layout, code)), ctypes.byref(_matrix(weight)), torch.get_num_threads()
+        isa, ctypes.byref(packed_weight(packed, layout, code)), ctypes.byref(_matrix(weight)), num_threads()
     )
     if status:
         raise reference.nonfinite_error() if status & _STATUS_NONFINITE else reference.overflow_error()
@@ -188,7 +189,7 @@ def dequantize(packed: Tensor, layout: PackedLayout, code: int, rows: slice, out
         ctypes.c_int64(rows.start),
         ctypes.c_int64(rows.stop),
         ctypes.byref(_matrix(out)),
-        torch.get_num_threads(),
+        num_threads(),
     )
 
 
@@ -210,7 +211,7 @@ def linear_many(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out:
         ctypes.byref(_matrix(x)),
         ctypes.c_int64(x.shape[0]),
         ctypes.byref(_matrix(out)),
-        torch.get_num_threads(),
+        num_threads(),
     )
     if status:
         raise MemoryError(f"no memory to arrange {x.shape[0]} rows of {x.shape[1]} activations")
@@ -245,7 +246,7 @@ def linear(x: Tensor, packed: Tensor, layout: PackedLayout, code: int, out: Tens
         num_tokens,
         out.data_ptr(),
         DTYPES[out.dtype],
-        torch.get_num_threads(),
+        num_threads(),
     )
     if status:
         raise MemoryError(f"no memory for {x.shape[0]} prepared rows of {x.shape[1]} activations")
@@ -268,7 +269,7 @@ def expert_many(
         ctypes.c_int64(x_rows.shape[0]),
         ctypes.byref(_matrix(out)),
         ctypes.c_void_p(out_rows.data_ptr()),
-        torch.get_num_threads(),
+        num_threads(),
     )
     if status:
         raise MemoryError(f"no memory to arrange {x_rows.shape[0]} rows of an expert's activations")
@@ -302,7 +303,7 @@ def moe_layer(
         (ctypes.c_float * len(rows))(*weights) if rows else None,
         len(rows),
         result.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
     )
     if status:
         raise MemoryError(f"no memory for the activations of {len(tasks) // 2} experts")
@@ -312,7 +313,5 @@ def read_all(data: Tensor) -> int:
     """Read every byte once on all threads: the bandwidth that products are measured against."""
     library, isa = _call()
     return int(
-        library.moe_offload_read(
-            isa, ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.numel()), torch.get_num_threads()
-        )
+        library.moe_offload_read(isa, ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.numel()), num_threads())
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_offload.quant import kernels
 from moe_offload.quant.kernels import DTYPES, PackedWeight, packed_weight
 from moe_offload.quant.layout import PackedLayout
+from moe_offload.quant.threads import num_threads
 
 
 class _RawWeight(ctypes.Structure):
@@ -141,7 +142,7 @@ class LinearCall:
             x.numel() // x.shape[-1],
             DTYPES[x.dtype],
             out.data_ptr(),
-            torch.get_num_threads(),
+            num_threads(),
         )
         _check(status)
         return out
@@ -228,7 +229,7 @@ class AttentionCall:
             begin,
             position,
             out.data_ptr(),
-            torch.get_num_threads(),
+            num_threads(),
         )
         _check(status)
         return out

@@ -10,6 +10,7 @@ from moe_offload.offload.decode.attention import fuse_attention
 from moe_offload.offload.decode.linears import fuse_linears
 from moe_offload.offload.decode.norms import fuse_norms
 from moe_offload.offload.decode.routers import fuse_routers
+from moe_offload.offload.decode.step_threads import StepForward
 from moe_offload.quant import backend_name
 
 _ENVIRONMENT = "MOE_OFFLOAD_DENSE"
@@ -32,3 +33,4 @@ def fuse_decode_step(model: nn.Module, device: torch.device) -> None:
     fuse_linears(model)
     fuse_routers(model)
     fuse_attention(model)
+    StepForward(model)

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# More rows than this are bound by arithmetic, for which torch has matrix units.
+MAX_ROWS = 2
+
 
 class FusedForward:
     """Stands in an instance's ``forward``; calls the class's where it cannot help."""

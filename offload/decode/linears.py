@@ -5,12 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_offload.offload.decode.fused_forward import FusedForward, Memory, is_plain
+from moe_offload.offload.decode.fused_forward import MAX_ROWS, FusedForward, Memory, is_plain
 from moe_offload.offload.dense_linears import PackedLinear
 from moe_offload.quant.step import LinearCall, PackedProjection, RawWeight
 
-# More rows than this are bound by arithmetic, for which torch has matrix units.
-_MAX_ROWS = 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +23,7 @@ class FusedLinear(FusedForward):
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
         if (
-            0 < hidden_states.numel() <= _MAX_ROWS * self._in_features
+            0 < hidden_states.numel() <= MAX_ROWS * self._in_features
             and hidden_states.shape[-1] == self._in_features
             and is_plain(hidden_states, self._dtype)
             and self._memory.is_unchanged()
