@@ -48,10 +48,28 @@ class Access:
         return (self.writes or other.writes) and self.begin < other.end and other.begin < self.end
 
 
+class FakePageLock:
+    """Page-locks anything, or nothing past ``limit_bytes``."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.locked: dict[int, int] = {}
+
+    def lock(self, address: int, size_bytes: int) -> str | None:
+        if self.limit_bytes is not None and sum(self.locked.values()) + size_bytes > self.limit_bytes:
+            return "refused; `ulimit -l` bounds it"
+        self.locked[address] = size_bytes
+        return None
+
+    def unlock(self, address: int) -> None:
+        del self.locked[address]
+
+
 class FakeDevice:
     """``eager``: kernels are ordinary torch calls, done when they are made; only copies are late."""
 
-    def __init__(self, seed: int = 0, *, eager: bool = False) -> None:
+    def __init__(self, seed: int = 0, *, eager: bool = False, page_lock: FakePageLock | None = None) -> None:
+        self.page_lock = page_lock or FakePageLock()
         self.random = random.Random(seed)
         self.current = "compute"
         self.hazards: list[str] = []
@@ -108,9 +126,6 @@ class FakeDevice:
         with self._lock:
             self._calls.append((event.mark, call))
             self._work.set()
-
-    def forget_error(self) -> None:
-        pass
 
     def close(self) -> None:
         with self._lock:

@@ -14,8 +14,15 @@ OnDone = Callable[[BaseException | None], None]
 
 
 class FakeRead:
-    def __init__(self, key: tuple[int, int], into: torch.Tensor, speculative: bool, on_done: OnDone) -> None:
-        self.key, self.into, self.speculative, self.on_done = key, into, speculative, on_done
+    def __init__(
+        self,
+        key: tuple[int, int],
+        into: torch.Tensor,
+        speculative: bool,
+        on_done: OnDone,
+        source: torch.Tensor | None = None,
+    ) -> None:
+        self.key, self.into, self.speculative, self.on_done, self.source = key, into, speculative, on_done, source
         self.cancelled = False
         self.pieces_left = 2
 
@@ -39,6 +46,7 @@ class FakeReader:
         self.random = random.Random(seed)
         self.reads: list[FakeRead] = []
         self.log: list[tuple[int, int, bool]] = []
+        self.from_memory: list[tuple[int, int, bool]] = []
         self.bytes_read = 0
         self.closed = False
 
@@ -50,15 +58,17 @@ class FakeReader:
         *,
         speculative: bool = False,
         on_done: OnDone | None = None,
+        source: memoryview | None = None,
     ) -> FakeRead:
         if self.closed:
             raise ExpertReadError("closed")
         assert on_done is not None
         assert into.nbytes == len(self.blobs[layer_idx, expert_idx])
         data = torch.frombuffer(into, dtype=torch.uint8)
-        read = FakeRead((layer_idx, expert_idx), data, speculative, on_done)
+        memory = None if source is None else torch.frombuffer(source, dtype=torch.uint8)
+        read = FakeRead((layer_idx, expert_idx), data, speculative, on_done, memory)
         self.reads.append(read)
-        self.log.append((layer_idx, expert_idx, speculative))
+        (self.log if source is None else self.from_memory).append((layer_idx, expert_idx, speculative))
         return read
 
     @property
@@ -76,6 +86,8 @@ class FakeReader:
             self.device.disk_writes(read.into)
             half = read.into.numel() // 2
             blob = torch.frombuffer(bytearray(self.blobs[read.key]), dtype=torch.uint8)
+            if read.source is not None:
+                blob = read.source  # as it is now: if it is wrong, so is what comes of it
             if read.pieces_left == 2:
                 read.into.fill_(RUBBISH)
                 read.into[half:] = blob[half:]
@@ -86,7 +98,7 @@ class FakeReader:
             read.into.fill_(RUBBISH)
             self._end(read, ExpertReadError(f"expert {read.key[1]} of layer {read.key[0]} could not be read"))
         else:
-            self.bytes_read += read.into.numel()
+            self.bytes_read += read.into.numel() if read.source is None else 0
             self._end(read, None)
         return True
 

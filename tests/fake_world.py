@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_device import FakeDevice
+from fake_device import FakeDevice, FakePageLock
 from fake_reader import FakeReader
 
 from moe_offload.cache import ExpertCache
@@ -18,27 +18,10 @@ from moe_offload.offload.experts import residency as residency_module
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.experts.weights import ExpertWeights
 from moe_offload.offload.pack.manifest import LayerLayout, LayerSpec, PackManifest
+from moe_offload.offload.tiers import slot_copy
 from moe_offload.offload.tiers.cuda_tier import CudaTier
 
 PAGE = 4096
-
-
-class FakeCudaHost:
-    """Page-locks anything, or nothing past ``limit_bytes``."""
-
-    def __init__(self, limit_bytes: int | None = None) -> None:
-        self.limit_bytes = limit_bytes
-        self.pinned: dict[int, int] = {}
-
-    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
-        if self.limit_bytes is not None and sum(self.pinned.values()) + size_bytes > self.limit_bytes:
-            return 2
-        self.pinned[address] = size_bytes
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        del self.pinned[address]
-        return 0
 
 
 def make_manifest(num_experts: Sequence[int], num_pages: Sequence[int]) -> PackManifest:
@@ -78,10 +61,11 @@ class World:
         num_host_staging_slots: int = 2,
         seed: int = 0,
         failing: float = 0.0,
-        cuda_host: Any = None,
+        page_lock: FakePageLock | None = None,
     ) -> None:
         self.random = random.Random(seed)
-        self.device = FakeDevice(seed)
+        patch.setattr(slot_copy, "PIECE_BYTES", self.random.choice([PAGE // 8, PAGE // 2, PAGE, 4 * PAGE]))
+        self.device = FakeDevice(seed, page_lock=page_lock)
         manifest = make_manifest(num_experts, num_pages or [1] * len(num_experts))
         self.blobs = {
             (layer_idx, expert_idx): self.random.randbytes(layer.slot_bytes)
@@ -114,12 +98,11 @@ class World:
         self.tier = CudaTier(
             manifest,
             self.reader,  # type: ignore[arg-type]
-            self.device,
+            [self.device],
             num_slots=num_slots,
             num_staging_slots=num_staging_slots,
             num_host_slots=num_host_slots,
             num_host_staging_slots=num_host_staging_slots,
-            cuda_host=cuda_host or FakeCudaHost(),
         )
         self.cache = ExpertCache(num_experts, num_slots)
         self.residency = Residency(self.cache, self.tier)

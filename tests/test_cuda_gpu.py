@@ -179,7 +179,7 @@ def random_tier(folder: Path, *, num_slots: int, num_host_slots: list[int]) -> C
     return CudaTier(
         manifest,
         ExpertReader(manifest, folder),
-        CudaQueue(torch.device("cuda")),
+        [CudaQueue(torch.device("cuda"))],
         num_slots=[num_slots] * 2,
         num_staging_slots=1,
         num_host_slots=num_host_slots,
@@ -230,8 +230,9 @@ def test_slots_get_their_experts_bytes(tmp_path: Path):
 
 def test_slabs_are_page_locked_and_copies_do_not_wait():
     queue = CudaQueue(torch.device("cuda"))
-    with Slab(4, 1 << 20, pin=True) as slab:
-        assert slab.pinned, slab.pin_failure
+    with Slab(4, 1 << 20, page_lock=queue.page_lock) as slab:
+        assert slab.num_pinned_slots == 4, slab.pin_failure
+        assert slab.tensor(3).is_pinned()
         target = queue.allocate(1 << 20)
         slab.tensor(2).fill_(7)
         event, called = queue.new_event(), threading.Event()

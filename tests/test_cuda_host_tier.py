@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_device import FakeDevice
-from fake_world import PAGE, FakeCudaHost, World
+from fake_device import FakeDevice, FakePageLock
+from fake_world import PAGE, World
 
 from moe_offload.errors import ExpertCopyError, ExpertReadError
 from moe_offload.offload.streaming.reader import ReadCancelledError
@@ -208,25 +208,80 @@ def test_closing_fails_those_that_wait(make_world: MakeWorld):
 
 
 def test_without_page_locking_everything_still_works(make_world: MakeWorld):
-    with pytest.warns(UserWarning, match=r"20\.0 KiB of 20\.0 KiB .* cudaHostRegister refused .*ulimit -l"):
-        world = make_world(num_host_slots=[3], cuda_host=FakeCudaHost(limit_bytes=0))
+    with pytest.warns(UserWarning, match=r"20\.0 KiB of 20\.0 KiB .* hold up the thread.*ulimit -l"):
+        world = make_world(num_host_slots=[3], page_lock=FakePageLock(limit_bytes=0))
     assert world.run(0, [0]) == [0]
     world.finish()
+    assert not world.reader.from_memory, "staging is no better"
     world.check()
     world.residency.close()
 
 
 def test_staging_is_page_locked_before_the_cache(make_world: MakeWorld):
-    cuda_host = FakeCudaHost(limit_bytes=2 * PAGE)
-    with pytest.warns(UserWarning, match=r"12\.0 KiB of 20\.0 KiB"):
-        world = make_world(num_host_slots=[3], cuda_host=cuda_host)
+    page_lock = FakePageLock(limit_bytes=2 * PAGE)
+    with pytest.warns(UserWarning, match=r"12\.0 KiB of 20\.0 KiB .* by way of staging"):
+        world = make_world(num_host_slots=[3], page_lock=page_lock)
     assert world.tier.host.pageable_bytes == 3 * PAGE
-    assert list(cuda_host.pinned.values()) == [2 * PAGE]
+    assert list(page_lock.locked.values()) == [2 * PAGE]
     world.residency.close()
-    assert not cuda_host.pinned
+    assert not page_lock.locked
 
 
-def test_slots_of_one_size_are_one_piece_of_memory(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_page_locked_goes_through_staging(make_world: MakeWorld):
+    """Read once, into its host slot; and each time copied on by way of memory that the device can fetch from."""
+    with pytest.warns(UserWarning, match="by way of staging"):
+        world = make_world(num_host_slots=[6], page_lock=FakePageLock(limit_bytes=2 * PAGE))
+    sources: list[int] = []
+    copy = world.device.copy
+
+    def noted(source: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sources.append(source.data_ptr())
+        copy(source, *args, **kwargs)
+
+    world.device.copy = noted  # type: ignore[method-assign]
+    for _ in range(2):
+        for expert_idx in range(6):
+            world.run(0, [expert_idx])
+            world.finish()
+    ((address, size_bytes),) = world.device.page_lock.locked.items()
+    assert sources
+    assert all(address <= source < address + size_bytes for source in sources)
+    assert len(world.reader.log) == 6
+    assert len(world.reader.from_memory) == 12
+    assert world.tier.bytes_read == 6 * PAGE
+    world.check()
+
+
+def test_closing_lets_go_of_what_waits_for_staging_with_its_bytes_in_memory(make_world: MakeWorld):
+    with pytest.warns(UserWarning, match="by way of staging"):
+        world = make_world(num_host_slots=[6], num_host_staging_slots=1, page_lock=FakePageLock(limit_bytes=PAGE))
+    for expert_idx in range(3):
+        world.run(0, [expert_idx])
+        world.finish()
+    outcomes = [Outcome(world, 0, expert_idx) for expert_idx in range(3)]
+    world.tier.close()
+    assert all(isinstance(outcome.error, ExpertReadError) for outcome in outcomes)
+    world.tier.host.check_integrity()
+    assert not world.tier.host._slots._cache._leases
+
+
+def test_a_guess_that_waits_for_staging_with_its_bytes_in_memory_can_be_given_up(make_world: MakeWorld):
+    with pytest.warns(UserWarning, match="by way of staging"):
+        world = make_world(num_host_slots=[6], num_host_staging_slots=1, page_lock=FakePageLock(limit_bytes=PAGE))
+    for expert_idx in range(2):
+        world.run(0, [expert_idx])
+        world.finish()
+    first, guess = Outcome(world, 0, 0), Outcome(world, 0, 1, speculative=True)
+    assert guess.fetch.cancel()
+    world.reader.finish()
+    first.let_go(world)
+    world.reader.finish()
+    assert isinstance(guess.error, ReadCancelledError)
+    assert not world.tier.host._slots._cache._leases
+    world.check()
+
+
+def test_a_layers_slots_are_one_piece_of_memory(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch):
     sizes: list[int] = []
     allocate = FakeDevice.allocate
 
@@ -235,8 +290,11 @@ def test_slots_of_one_size_are_one_piece_of_memory(make_world: MakeWorld, monkey
         return allocate(device, size_bytes)
 
     monkeypatch.setattr(FakeDevice, "allocate", counted)
-    make_world(num_experts=[6] * 3, num_slots=[1, 2, 3], num_host_slots=[0] * 3, num_pages=[1, 2, 1])
-    assert sizes == [4 * PAGE, 4 * PAGE, 2 * 2 * PAGE]
+    world = make_world(num_experts=[6] * 3, num_slots=[1, 2, 3], num_host_slots=[0] * 3, num_pages=[1, 2, 1])
+    assert sizes == [2 * 2 * PAGE, PAGE, 2 * 2 * PAGE, 3 * PAGE], "staging, then layer by layer"
+    assert world.tier.slab(1).shape == (2, 2 * PAGE)
+    slot = world.tier._slot(1, 1)
+    assert slot.data.data_ptr() == world.tier.slab(1)[world.tier.row(1, 1)].data_ptr()
 
 
 def test_a_stream_waits_once_for_an_arrival(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from fake_device import FakeDevice
-from fake_world import FakeCudaHost
 from families import make_config
 from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_model
 
@@ -57,7 +56,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
             with monkeypatch.context() as patch:
                 patch.setattr(model_module, "make_plan", partial(plan, slots_bytes=slots_bytes, host_bytes=host_bytes))
                 patch.setattr(tiers, "CudaQueue", queue)
-                patch.setattr(tiers, "CudaTier", partial(CudaTier, cuda_host=FakeCudaHost()))
                 settings = {"device": "cpu", "dtype": "float32", "context_tokens": CONTEXT_TOKENS}
                 return stack.enter_context(OffloadedModel.from_pretrained(pack, **settings | kwargs))
 
@@ -83,7 +81,7 @@ def test_logits_are_those_of_the_cpu(pack: Path, load: Load, slots: int, host_sl
     assert torch.equal(tokens, expected[0])
     assert torch.equal(logits, expected[1])
     tier = tier_of(model)
-    assert not tier._queue.hazards
+    assert not tier.queues[0].hazards
     if slots == 1000:  # all in VRAM: each expert came once
         assert sum(model.plan.num_host_slots) == 0
         assert tier.bytes_copied == tier.bytes_read <= model.manifest.expert_bytes
@@ -112,7 +110,7 @@ def test_two_generations_at_once(pack: Path, load: Load):
     for turn in range(2):
         assert torch.equal(together[turn][0], alone[turn][0])
         assert torch.equal(together[turn][1], alone[turn][1])
-    assert not tier_of(model)._queue.hazards
+    assert not tier_of(model).queues[0].hazards
 
 
 def test_a_tier_that_cannot_be_had_leaves_no_threads(pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch):

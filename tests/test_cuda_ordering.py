@@ -1,11 +1,13 @@
 """Random steps and prefetches through residency and the CUDA tier, on a device that does things as late as it likes."""
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_world import World
+from fake_device import FakePageLock
+from fake_world import PAGE, World
 
 from moe_offload.errors import ExpertReadError
 from moe_offload.offload.tiers.device_slot import DeviceSlot
@@ -20,6 +22,7 @@ def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> 
     draw = random.Random(seed)
     num_layers = draw.randint(1, 3)
     num_experts = [draw.randint(2, 6) for _ in range(num_layers)]
+    patch.setattr(warnings, "warn", lambda *_, **__: None)  # of what is not page-locked
     return World(
         patch,
         num_experts=num_experts,
@@ -28,6 +31,7 @@ def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> 
         num_pages=[draw.choice([1, 2]) for _ in num_experts],
         num_staging_slots=draw.randint(1, 3),
         num_host_staging_slots=draw.randint(1, 4),
+        page_lock=FakePageLock(draw.choice([None, None, 0, 16 * PAGE, 24 * PAGE])),
         seed=seed,
         failing=failing,
     )

@@ -285,3 +285,13 @@ def test_memory_that_is_not_aligned(pack):
     with make_reader(pack, None) as reader:
         reader.submit(0, 3, into).wait(TIMEOUT_S)
     assert bytes(into) == tiny_packs.expert_bytes(0, 3, SLOT_BYTES)
+
+
+def test_from_memory_instead_of_the_disk(pack, disk, gate, slab):
+    source = bytearray(b"\x07") * SLOT_BYTES
+    with make_reader(pack, disk, num_threads=2) as reader:
+        read = submit(reader, slab, 3, source=memoryview(source))
+        read.wait(TIMEOUT_S)
+        assert bytes(slab.memory(3)) == bytes(source), "as it is there: it was verified when it was read"
+        stats = reader.stats
+        assert (stats.reads, stats.bytes_read, stats.verified) == (0, 0, 0)

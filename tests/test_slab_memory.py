@@ -1,34 +1,20 @@
 import gc
+import itertools
 import mmap
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from fake_device import FakePageLock
 
 from moe_offload.errors import BudgetError
+from moe_offload.offload.streaming import slab as slab_module
 from moe_offload.offload.streaming.slab import Slab
 
 PAGE = mmap.PAGESIZE
-
-
-class FakeCuda:
-    """Stands in for the CUDA runtime."""
-
-    def __init__(self, status=0, failure=None):
-        self.status = status
-        self.failure = failure
-        self.calls = []
-
-    def cudaHostRegister(self, address, size_bytes, flags):
-        self.calls.append(("register", address, size_bytes))
-        if self.failure:
-            raise self.failure
-        return self.status
-
-    def cudaHostUnregister(self, address):
-        self.calls.append(("unregister", address))
-        return 0
 
 
 def test_slots_are_apart_and_aligned():
@@ -91,45 +77,43 @@ def test_more_than_the_system_gives():
 
 
 def test_pinned():
-    cuda = FakeCuda()
-    slab = Slab(2, PAGE, pin=True, cuda_host=cuda)
-    assert slab.pinned
+    page_lock = FakePageLock()
+    slab = Slab(2, PAGE, page_lock=page_lock)
+    assert slab.num_pinned_slots == 2
     assert slab.pin_failure is None
-    address = slab.tensor(0).data_ptr()
+    assert page_lock.locked == {slab.tensor(0).data_ptr(): 2 * PAGE}
     slab.close()
     slab.close()
-    assert cuda.calls == [("register", address, 2 * PAGE), ("unregister", address)]
-    assert not slab.pinned
+    assert not page_lock.locked
+    assert slab.num_pinned_slots == 0
 
 
-@pytest.mark.parametrize(
-    ("cuda", "reason"),
-    [(FakeCuda(status=2), "CUDA error 2"), (FakeCuda(failure=RuntimeError("no driver")), "no driver")],
-)
-def test_pinning_that_fails_leaves_pageable_memory(cuda, reason):
-    with Slab(1, PAGE, pin=True, cuda_host=cuda) as slab:
-        assert not slab.pinned
-        assert reason in slab.pin_failure
-        slab.tensor(0).fill_(1)
-    assert [call[0] for call in cuda.calls] == ["register"]
+def test_as_many_pieces_are_pinned_as_the_system_allows(monkeypatch):
+    monkeypatch.setattr(slab_module, "_LOCKED_AT_ONCE_BYTES", 5 * PAGE)
+    page_lock = FakePageLock(limit_bytes=8 * PAGE)
+    with Slab(7, 2 * PAGE, page_lock=page_lock) as slab:
+        assert slab.num_pinned_slots == 4, "two pieces of two slots, and no slot in two pieces"
+        assert list(page_lock.locked) == [slab.tensor(0).data_ptr(), slab.tensor(2).data_ptr()]
+        assert "ulimit -l" in slab.pin_failure
+        slab.tensor(6).fill_(1)
+    assert not page_lock.locked
 
 
-def test_pinning_without_a_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with Slab(1, PAGE, pin=True) as slab:
-        assert not slab.pinned
-        assert slab.pin_failure == "there is no CUDA device"
+def test_pinned_memory_is_not_forked():
+    """Else the pages that a device reads would be left to the child at the parent's next write."""
 
+    def flags(slab):
+        smaps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+        address = slab.tensor(0).data_ptr()
+        for mapping, after in itertools.pairwise(smaps):
+            begin, end = (int(number, 16) for number in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", mapping, re.M)[-1])
+            if begin <= address < end:
+                return after.partition("\n")[0].split()
+        raise AssertionError
 
-@pytest.mark.gpu
-def test_pinned_for_real():
-    with Slab(4, 1 << 20, pin=True) as slab:
-        assert slab.pinned, slab.pin_failure
-        assert slab.tensor(3).is_pinned()
-        slab.tensor(3).fill_(5)
-        copy = slab.tensor(3).to("cuda", non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        assert (copy == 5).all()
+    with Slab(2, PAGE, page_lock=FakePageLock()) as pinned, Slab(2, PAGE) as pageable:
+        assert "dc" in flags(pinned)  # do not copy on fork
+        assert "dc" not in flags(pageable)
 
 
 MEASURE = """

@@ -34,12 +34,15 @@ class Read:
         into: memoryview,
         speculative: bool,
         on_done: OnDone | None,
+        source: memoryview | None = None,
     ) -> None:
         self.layer_idx, self.expert_idx = key
         self.spec = spec
         self.size_bytes = len(into)
         self.speculative = speculative
         self.into: memoryview | None = into  # dropped when settled, so that the reader holds no slot
+        self.from_memory = source is not None
+        self.source = source  # dropped when settled too
         self.on_done = on_done
         self.error: MoeOffloadError | None = None
         self.queued = False  # chunks are left to hand out
@@ -153,7 +156,7 @@ class ReadQueue:
             if read not in self._unsettled:
                 return False
             self._unsettled.remove(read)
-            read.into = None
+            read.into = read.source = None
             return True
 
     def cancel(self, read: Read) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol, get_args
 
+import numpy as np
 import xxhash
 
 from moe_offload.errors import ConfigError, ExpertReadError, MoeOffloadError, PackCorruptError
@@ -78,12 +79,14 @@ class ExpertReader:
         *,
         speculative: bool = False,
         on_done: OnDone | None = None,
+        source: memoryview | None = None,
     ) -> Read:
         """Begin to read an expert into ``into``, writable bytes of its layer's ``slot_bytes``; returns at once.
 
         ``on_done`` gets None or the error, once, on a reader's thread, after verification and before waiters wake;
         it is to be quick and not to raise. Until then the memory is the reader's. Reads go straight to the disk if
-        the memory is page-aligned. Raises ExpertReadError when the reader is closed.
+        the memory is page-aligned. ``source``: memory that has the expert, to copy from in place of the disk; it was
+        verified when it was read, and counts as no read. Raises ExpertReadError when the reader is closed.
         """
         if not (0 <= layer_idx < len(self._layers) and 0 <= expert_idx < self._layers[layer_idx].num_experts):
             raise IndexError(f"the pack has no expert {expert_idx} of layer {layer_idx}")
@@ -91,7 +94,13 @@ class ExpertReader:
         if into.readonly or not into.c_contiguous or into.nbytes != layer.slot_bytes:
             raise ValueError(f"expert {expert_idx} of layer {layer_idx} needs {layer.slot_bytes} writable bytes")
         read = Read(
-            self._queue, (layer_idx, expert_idx), layer.experts[expert_idx], into.cast("B"), speculative, on_done
+            self._queue,
+            (layer_idx, expert_idx),
+            layer.experts[expert_idx],
+            into.cast("B"),
+            speculative,
+            on_done,
+            source,
         )
         self._queue.add(read)
         return read
@@ -148,6 +157,10 @@ class ExpertReader:
         """Read one chunk, trying again what may pass. Errors are returned: raised, they would hold on to the slot."""
         assert read.into is not None
         into = read.into[span.start : span.stop]
+        if read.source is not None:
+            # numpy lets other threads run meanwhile, and starts none of its own.
+            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(read.source[span.start : span.stop], np.uint8))
+            return None
         problem: BaseException | None = None
         for attempt in range(MAX_TRIES):
             if attempt:
@@ -191,7 +204,7 @@ class ExpertReader:
 
     def _conclude(self, read: Read) -> None:
         """Verify a read whose bytes are all there, or that failed, and settle it."""
-        if read.error is None and self._must_verify(read):
+        if read.error is None and not read.from_memory and self._must_verify(read):
             assert read.into is not None
             found = xxhash.xxh3_64_hexdigest(read.into)
             if found == read.spec.checksum:
@@ -217,6 +230,9 @@ class ExpertReader:
         """Tell whoever waits, once."""
         if not self._queue.settle(read):
             return
+        if read.from_memory:
+            self._call_back(read)
+            return
         if read.error is None:
             self._counters.add(reads=1)
         elif isinstance(read.error, ReadCancelledError):
@@ -225,6 +241,9 @@ class ExpertReader:
             self._counters.add(failed=1)
         if (observer := self.observer) is not None:
             observer.settled(read)
+        self._call_back(read)
+
+    def _call_back(self, read: Read) -> None:
         try:
             if read.on_done is not None:
                 read.on_done(read.error)

@@ -11,15 +11,18 @@ import torch
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.offload.planning.sizes import format_size
 
+# Page-locked at once: where a system's limit is met in the middle of a slab, most of the slab is within it.
+_LOCKED_AT_ONCE_BYTES = 256 * 1024**2
 
-class CudaHost(Protocol):
-    """The part of the CUDA runtime that page-locks memory; ``torch.cuda.cudart()`` has it. Zero is success."""
 
-    def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:
-        """Page-lock memory."""
+class PageLock(Protocol):
+    """What keeps memory where it is, so that a device can fetch from it by itself."""
 
-    def cudaHostUnregister(self, address: int) -> int:
-        """Undo it."""
+    def lock(self, address: int, size_bytes: int) -> str | None:
+        """Page-lock memory; None, or why it was refused."""
+
+    def unlock(self, address: int) -> None:
+        """Undo it, by the address that was locked."""
 
 
 class Slab:
@@ -29,19 +32,17 @@ class Slab:
     slab's own hold on it (and its pinning): it never pulls memory from under a view, and the memory returns to the
     system with the last of them. Copies to or from a device must have ended before `close`.
 
-    ``pinned`` says whether the memory is page-locked; where it was asked for and is not, ``pin_failure`` says why.
+    The first ``num_pinned_slots`` are page-locked; where it was asked for and fewer than all are, ``pin_failure`` says
+    why. Page-locked memory is not there in a forked child, which would crash if it touched it.
     """
 
-    def __init__(
-        self, num_slots: int, slot_bytes: int, pin: bool = False, *, cuda_host: CudaHost | None = None
-    ) -> None:
-        """Reserve the memory; raises BudgetError when the system refuses. ``cuda_host``: by default torch's."""
+    def __init__(self, num_slots: int, slot_bytes: int, *, page_lock: PageLock | None = None) -> None:
+        """Reserve the memory, page-locked as far as ``page_lock`` can; raises BudgetError when the system refuses."""
         if num_slots < 1 or slot_bytes < 1 or slot_bytes % mmap.PAGESIZE:
             raise ValueError(f"{num_slots} slots of {slot_bytes} bytes: at least one, of whole pages, is needed")
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.size_bytes = num_slots * slot_bytes
-        self.pinned = False
         self.pin_failure: str | None = None
         try:
             # Private: shared anonymous memory, the default of mmap, counts as shmem and gets no huge pages.
@@ -60,29 +61,30 @@ class Slab:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory: memoryview | None = memoryview(memory)
         self._tensor: torch.Tensor | None = torch.frombuffer(memory, dtype=torch.uint8)
-        self._cuda_host: CudaHost | None = None
-        if pin:
-            self._pin(cuda_host)
+        self._page_lock = page_lock
+        self._locked: list[tuple[int, int]] = []  # address and slots of each piece
+        if page_lock is not None:
+            # A fork makes pages copy-on-write: the next write, by the disk or here, would go to a page of its own while
+            # the device goes on reading the old one. (Kernels since 5.12 copy locked pages at once, at a cost.)
+            if hasattr(mmap, "MADV_DONTFORK"):
+                memory.madvise(mmap.MADV_DONTFORK)
+            self._pin(page_lock)
 
-    def _pin(self, cuda_host: CudaHost | None) -> None:
-        try:
-            if cuda_host is None:
-                if not torch.cuda.is_available():
-                    self.pin_failure = "there is no CUDA device"
-                    return
-                cuda_host = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            status = int(cuda_host.cudaHostRegister(self._address(), self.size_bytes, 0))
-        except RuntimeError as error:
-            self.pin_failure = f"CUDA cannot pin memory: {error}"
-            return
-        if status:
-            self.pin_failure = (
-                f"cudaHostRegister refused {format_size(self.size_bytes)} with CUDA error {status}; "
-                "`ulimit -l` and the container's memory limit bound what can be pinned"
-            )
-            return
-        self._cuda_host = cuda_host
-        self.pinned = True
+    def _pin(self, page_lock: PageLock) -> None:
+        """Lock piece by piece, until one is refused. No slot is in two: a copy may not cross from one to the next."""
+        at_once = max(1, _LOCKED_AT_ONCE_BYTES // self.slot_bytes)
+        for first in range(0, self.num_slots, at_once):
+            slots = min(at_once, self.num_slots - first)
+            address = self._address() + first * self.slot_bytes
+            self.pin_failure = page_lock.lock(address, slots * self.slot_bytes)
+            if self.pin_failure is not None:
+                return
+            self._locked.append((address, slots))
+
+    @property
+    def num_pinned_slots(self) -> int:
+        """How many slots, from the first on, are page-locked."""
+        return sum(slots for _, slots in self._locked)
 
     def _address(self) -> int:
         assert self._tensor is not None
@@ -109,10 +111,9 @@ class Slab:
 
     def close(self) -> None:
         """Unpin the memory and let go of it; see the class for views that still exist. May be called twice."""
-        if self._cuda_host is not None:
-            self._cuda_host.cudaHostUnregister(self._address())
-            self._cuda_host = None
-            self.pinned = False
+        if self._page_lock is not None:
+            while self._locked:
+                self._page_lock.unlock(self._locked.pop()[0])
         self._memory = self._tensor = None
 
     def __enter__(self) -> "Slab":

@@ -22,7 +22,7 @@ def make_tier(manifest: PackManifest, folder: Path, plan: Plan, device: torch.de
         return CudaTier(
             manifest,
             reader,
-            CudaQueue(device),
+            [CudaQueue(device)],
             num_slots=plan.num_slots,
             num_staging_slots=plan.staging_slots,
             num_host_slots=plan.num_host_slots,

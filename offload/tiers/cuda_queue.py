@@ -10,6 +10,7 @@ import torch
 
 from moe_offload.errors import BudgetError, ExpertCopyError
 from moe_offload.offload.planning.sizes import format_size
+from moe_offload.offload.tiers.cuda_page_lock import CudaPageLock
 from moe_offload.offload.tiers.device_queue import Event
 
 _log = getLogger(__name__)
@@ -30,17 +31,17 @@ class CudaEvent:
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._device = device
+        self.device = device
 
     def is_over(self) -> bool:
         """Whether the device has come past the mark; true if it was never recorded."""
         # Without the guard, a thread's first question would set up the first device too.
-        with _typed("it was asked about a copy"), torch.cuda.device(self._device):
+        with _typed("it was asked about a copy"), torch.cuda.device(self.device):
             return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Block this thread until it has."""
-        with _typed("a copy was awaited"), torch.cuda.device(self._device):
+        with _typed("a copy was awaited"), torch.cuda.device(self.device):
             self.event.synchronize()
 
 
@@ -51,6 +52,7 @@ class CudaQueue:
         """``device``: "cuda" or "cuda:N"."""
         index = device.index if device.index is not None else torch.cuda.current_device()
         self.device = torch.device("cuda", index)
+        self.page_lock = CudaPageLock(self.device)
         self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._calls: queue.SimpleQueue[tuple[CudaEvent, Callable[[], None]] | None] = queue.SimpleQueue()
@@ -78,7 +80,8 @@ class CudaQueue:
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, *, after: Iterable[Event], event: Event) -> None:
         """Asynchronous if ``source`` is page-locked; else the driver takes its bytes while this thread waits."""
-        with _typed("a copy was begun"), torch.cuda.stream(self._copy_stream):
+        # The outer guard: without it, a thread that is new to CUDA would come back to the first device, and set it up.
+        with _typed("a copy was begun"), torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
             for earlier in after:
                 self._copy_stream.wait_event(_cuda(earlier))
             try:
@@ -108,11 +111,6 @@ class CudaQueue:
                 self._thread = threading.Thread(target=self._run, name="cuda-copies", daemon=True)
                 self._thread.start()
             self._calls.put((event, call))
-
-    def forget_error(self) -> None:
-        """Launch something, which reports the error left behind and so clears it."""
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self.device)
 
     def close(self) -> None:
         """Wait for the copies, and end the thread that calls back."""

@@ -5,9 +5,15 @@ from typing import Protocol
 
 import torch
 
+from moe_offload.offload.streaming.slab import PageLock
+
 
 class Event(Protocol):
     """A mark in a stream. One that was never recorded counts as reached."""
+
+    @property
+    def device(self) -> Hashable:
+        """Whose stream."""
 
     def is_over(self) -> bool:
         """Whether the device has come past the mark; does not wait."""
@@ -22,6 +28,10 @@ class DeviceQueue(Protocol):
     A stream does one thing after the other; streams know nothing of each other but what `copy` and `wait` tell them.
     Nothing here waits for the device except where it says so. Every method may be called from any thread.
     """
+
+    @property
+    def page_lock(self) -> PageLock:
+        """What page-locks host memory for this device."""
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """``uint8 [size_bytes]`` on the device, which copies may write to; raises BudgetError."""
@@ -46,9 +56,6 @@ class DeviceQueue(Protocol):
 
     def when_over(self, event: Event, call: Callable[[], None]) -> None:
         """Call back after a recorded event is over, or the device has failed: on another thread, never from in here."""
-
-    def forget_error(self) -> None:
-        """Clear what a refused page-locking has left behind as the device's last error."""
 
     def close(self) -> None:
         """Wait for the copies, not for the kernels; no more calls back afterwards. May be called twice."""

@@ -12,9 +12,10 @@ from moe_offload.offload.tiers.host_expert import HostExpert
 class DeviceSlot:
     """Memory that copies fill and kernels read: each copy behind the kernels before it, each kernel behind its copy."""
 
-    def __init__(self, queue: DeviceQueue, data: torch.Tensor) -> None:
-        """``data``: ``uint8 [slot_bytes]`` on the queue's device."""
-        self.data = data
+    def __init__(self, queue: DeviceQueue, slab: torch.Tensor, row: int) -> None:
+        """``slab``: ``uint8 [rows, slot_bytes]`` on the queue's device."""
+        self.row = row
+        self.data = slab[row]
         self._queue = queue
         self._lock = threading.Lock()
         self._arrival: Event | None = None
@@ -22,17 +23,25 @@ class DeviceSlot:
         self._last_use: dict[Hashable, Event] = {}  # one for each stream that has read what is in the slot
 
     def fill(self, expert: HostExpert) -> None:
-        """Enqueue the copy. Raises ExpertCopyError; the host memory is given back in any case.
+        """Enqueue the copy of all of it. Raises ExpertCopyError; the host memory is given back in any case.
 
         Nobody may use the slot until this has returned, and nobody may launch kernels that read its old bytes.
         """
         event = self._queue.new_event()
         try:
-            target = self.data[: expert.data.numel()]
-            self._queue.copy(expert.data, target, after=tuple(self._last_use.values()), event=event)
+            self.copy(expert, 0, expert.data.numel(), event)
         finally:
             # Also when an interrupt strikes in between: the copy may be under way.
             expert.hold_until(event)
+        self.filled(event)
+
+    def copy(self, expert: HostExpert, begin: int, end: int, event: Event) -> None:
+        """Enqueue the copy of these bytes. Raises ExpertCopyError; of the slot and host memory the same holds."""
+        uses = tuple(self._last_use.values())
+        self._queue.copy(expert.data[begin:end], self.data[begin:end], after=uses, event=event)
+
+    def filled(self, event: Event) -> None:
+        """All bytes are enqueued, the event behind the last of them."""
         with self._lock:
             self._arrival = event
             self._ordered.clear()

@@ -25,7 +25,7 @@ class HostFetch:
         self.landed, self.failed = landed, failed
         self.cancelled = False
         self.ended = False
-        self.lease: Lease | None = None  # None: by way of a staging slot
+        self.lease: Lease | None = None  # on the host slot that it is read into, or that its bytes are in
         self.reading: Reading | None = None  # None: it waits for a staging slot, or has ended
         self._tier = tier
 
@@ -39,7 +39,7 @@ class HostFetch:
 
 
 class Reading:
-    """One read from the disk, into the host slot of its fetches' leases or into a staging slot."""
+    """One read, into the host slot of its fetches' leases, or into a staging slot: from the disk or a host slot."""
 
     def __init__(self, fetch: HostFetch, staging_slot: int | None = None) -> None:
         self.key = fetch.key

@@ -1,6 +1,5 @@
 """The cache of experts in host memory, below the device's: slots of those layers that have any."""
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from moe_offload.cache import Admit, ExpertCache, Lease
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.device_queue import Event
+from moe_offload.offload.tiers.emptying import Emptying
 
 
 class HostSlots:
@@ -24,15 +24,15 @@ class HostSlots:
         self._cache = ExpertCache(
             [num_experts[layer_idx] for layer_idx in cached], [slab.num_slots for slab in slabs if slab], policy
         )
-        self._emptying: deque[tuple[Event, Lease]] = deque()  # copies end in the order of one stream
+        self._emptying: Emptying[Lease] = Emptying()
 
     def acquire(self, layer_idx: int, expert_idx: int, *, keep: bool) -> Lease | None:
         """A hold on the expert's slot, or None if it has none and gets none.
 
         ``keep``: it may displace any other; else only one that is colder.
         """
-        while self._emptying and self._emptying[0][0].is_over():
-            self.release(self._emptying.popleft()[1])
+        for emptied in self._emptying.take_over():
+            self.release(emptied)
         cache_layer = self._cache_layer.get(layer_idx)
         if cache_layer is None:
             return None
@@ -48,7 +48,7 @@ class HostSlots:
 
     def release_after(self, lease: Lease, event: Event) -> None:
         """End the hold when the event is over."""
-        self._emptying.append((event, lease))
+        self._emptying.add(event, lease)
 
     def settle(self, layer_idx: int, expert_idx: int, *, loaded: bool) -> None:
         """The expert's bytes are in its slot, or will not come."""
@@ -62,6 +62,10 @@ class HostSlots:
     def tensor(self, layer_idx: int, slot: int) -> torch.Tensor:
         """The same, for a copy."""
         return self._slab(layer_idx).tensor(slot)
+
+    def is_pinned(self, layer_idx: int, slot: int) -> bool:
+        """Whether the slot is page-locked."""
+        return slot < self._slab(layer_idx).num_pinned_slots
 
     def _slab(self, layer_idx: int) -> Slab:
         slab = self._slabs[layer_idx]

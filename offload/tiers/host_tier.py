@@ -1,9 +1,10 @@
 """The host tier: experts in page-locked memory, from where a copy takes them to the device.
 
 An expert is asked for (`HostTier.fetch`) and handed over as a `HostExpert`: at once if it is in a host slot, else when
-it has been read, into a host slot or, where there is none for it, into a staging slot. Whatever memory it is in stays
-untouched until the copy out of it is over. Nothing here waits: a fetch that finds all staging slots in use queues up,
-demand before speculation, and goes on when a read into one fails or the oldest copy out of one is over.
+it has been read, into a host slot or, where there is none for it, into a staging slot. One in a host slot that could
+not be page-locked is handed over by way of staging, which the reader's threads fill from memory. Whatever memory it is
+in stays untouched until the copy out of it is over. Nothing here waits: a fetch that finds all staging slots in use
+queues up, demand before speculation, and goes on when a read into one fails or the oldest copy out of one is over.
 """
 
 import threading
@@ -14,7 +15,7 @@ from moe_offload.cache import Lease
 from moe_offload.errors import ExpertReadError
 from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.streaming.reader import ExpertReader, ReadCancelledError, ReadObserver
-from moe_offload.offload.streaming.slab import CudaHost, Slab
+from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.device_queue import DeviceQueue, Event
 from moe_offload.offload.tiers.host_expert import HostExpert
 from moe_offload.offload.tiers.host_fetch import Failed, HostFetch, Landed, Reading
@@ -42,7 +43,6 @@ class HostTier:
         num_slots: Sequence[int],
         num_staging_slots: int,
         policy: str = "lru",
-        cuda_host: CudaHost | None = None,
     ) -> None:
         """Reserve and page-lock the memory: ``num_slots`` a layer, and staging. `stop` closes the reader."""
         self._reader, self._queue = reader, queue
@@ -55,7 +55,7 @@ class HostTier:
         self._closed = False
 
         def reserve(slots: int, size_bytes: int) -> Slab:
-            slab = Slab(slots, size_bytes, pin=True, cuda_host=cuda_host)
+            slab = Slab(slots, size_bytes, page_lock=queue.page_lock)
             self._slabs.append(slab)
             return slab
 
@@ -79,7 +79,12 @@ class HostTier:
     @property
     def pageable_bytes(self) -> int:
         """Memory that was to be page-locked and is not."""
-        return sum(slab.size_bytes for slab in self._slabs if not slab.pinned)
+        return sum((slab.num_slots - slab.num_pinned_slots) * slab.slot_bytes for slab in self._slabs)
+
+    @property
+    def pageable_staging(self) -> bool:
+        """Whether even staging is not page-locked, so that the rest has no better way to the device either."""
+        return not self._ring.is_pinned
 
     @property
     def pin_failure(self) -> str | None:
@@ -131,8 +136,13 @@ class HostTier:
             if lease is not None and lease.misses:
                 self._begin(Reading(fetch), lease)
             elif lease is not None and not lease.hits[0].loading:
-                fetch.ended = True
-                here = self._from_slot(layer_idx, lease)
+                if self._goes_through_staging(layer_idx, lease):
+                    fetch.lease = lease
+                    self._waiting.append(fetch)
+                    failures = self._start_waiting()
+                else:
+                    fetch.ended = True
+                    here = self._from_slot(layer_idx, lease)
             elif lease is not None and reading is not None and reading.goes_on:
                 self._join(fetch, reading, lease)
             else:
@@ -196,9 +206,9 @@ class HostTier:
     def _start_waiting(self) -> list[_Failure]:
         """Begin to read for those that wait for a staging slot, as far as there are any; returns who has failed."""
         failures: list[_Failure] = []
-        for fetch in [fetch for fetch in self._waiting if fetch.cancelled]:
+        for fetch in [fetch for fetch in self._waiting if fetch.cancelled or self._closed]:
             self._waiting.remove(fetch)
-            failures.append((fetch, _cancelled_error(fetch.key)))
+            failures.append((fetch, _closed_error(fetch.key) if self._closed else _cancelled_error(fetch.key)))
         while self._waiting:
             fetch = next((fetch for fetch in self._waiting if not fetch.speculative), self._waiting[0])
             try:
@@ -212,33 +222,42 @@ class HostTier:
             self._waiting.remove(fetch)
         for fetch, _ in failures:
             fetch.ended, fetch.reading = True, None
+            self._let_go(fetch)
         return failures
 
     def _begin_staged(self, reading: Reading, slot: int) -> None:
         (fetch,) = reading.fetches
         fetch.reading = reading
+        layer_idx = reading.key[0]
+        source = None if fetch.lease is None else self._slots.memory(layer_idx, _slot_of(fetch.lease))
         try:
-            self._submit(reading, self._ring.memory(slot, self._slot_bytes[reading.key[0]]))
+            self._submit(reading, self._ring.memory(slot, self._slot_bytes[layer_idx]), source)
         except Exception:
             self._give_back(reading)
             raise
 
-    def _submit(self, reading: Reading, into: memoryview) -> None:
+    def _submit(self, reading: Reading, into: memoryview, source: memoryview | None = None) -> None:
         (fetch,) = reading.fetches
+        done = partial(self._read_ended, reading)
         reading.read = self._reader.submit(
-            *reading.key, into, speculative=fetch.speculative, on_done=partial(self._read_ended, reading)
+            *reading.key, into, speculative=fetch.speculative, on_done=done, source=source
         )
 
     def _give_back(self, reading: Reading) -> None:
         """The bytes will not come, and nothing is written any more."""
         if reading.staging_slot is not None:
             self._ring.give_back(reading.staging_slot)
-            return
-        del self._readings[reading.key]
-        self._slots.settle(*reading.key, loaded=False)
+        else:
+            del self._readings[reading.key]
+            self._slots.settle(*reading.key, loaded=False)
         for fetch in reading.fetches:
-            assert fetch.lease is not None, "whoever reads into a host slot holds it"
+            self._let_go(fetch)
+
+    def _let_go(self, fetch: HostFetch) -> None:
+        """Of the host slot that it holds, if it holds one."""
+        if fetch.lease is not None:
             self._slots.release(fetch.lease)
+            fetch.lease = None
 
     def _await_copy(self) -> None:
         """Be told when the oldest copy out of a staging slot is over."""
@@ -252,28 +271,42 @@ class HostTier:
     def _read_ended(self, reading: Reading, error: BaseException | None) -> None:
         """On a reader's thread: the bytes are there and verified, or nothing is written there any more."""
         failures: list[_Failure] = []
-        experts: list[HostExpert] = []
+        experts: list[tuple[HostFetch, HostExpert]] = []
         with self._lock:
+            for fetch in reading.fetches:
+                fetch.ended, fetch.reading = True, None
             if error is None:
                 experts = self._arrived(reading)
             else:
                 self._give_back(reading)
-                failures = [*((fetch, error) for fetch in reading.fetches), *self._start_waiting()]
-            for fetch in reading.fetches:
-                fetch.ended, fetch.reading = True, None
-        for fetch, expert in zip(reading.fetches, experts, strict=False):
+                failures = [(fetch, error) for fetch in reading.fetches]
+            failures += self._start_waiting()
+        for fetch, expert in experts:
             fetch.landed(expert)
         _tell(failures)
 
-    def _arrived(self, reading: Reading) -> list[HostExpert]:
-        """The expert, once for each fetch."""
+    def _arrived(self, reading: Reading) -> list[tuple[HostFetch, HostExpert]]:
+        """The expert, once for each fetch; those that are to take it by way of staging wait for that."""
         layer_idx, expert_idx = reading.key
         if reading.staging_slot is not None:
+            (fetch,) = reading.fetches
+            self._let_go(fetch)
             data = self._ring.tensor(reading.staging_slot, self._slot_bytes[layer_idx])
-            return [HostExpert(data, partial(self._empty_staging, reading.staging_slot))]
+            return [(fetch, HostExpert(data, partial(self._empty_staging, reading.staging_slot)))]
         del self._readings[reading.key]
         self._slots.settle(layer_idx, expert_idx, loaded=True)
-        return [self._from_slot(layer_idx, fetch.lease) for fetch in reading.fetches if fetch.lease is not None]
+        experts = []
+        for fetch in reading.fetches:
+            assert fetch.lease is not None, "whoever reads into a host slot holds it"
+            if self._goes_through_staging(layer_idx, fetch.lease):
+                fetch.ended = False
+                self._waiting.append(fetch)
+            else:
+                experts.append((fetch, self._from_slot(layer_idx, fetch.lease)))
+        return experts
+
+    def _goes_through_staging(self, layer_idx: int, lease: Lease) -> bool:
+        return self._ring.is_pinned and not self._slots.is_pinned(layer_idx, _slot_of(lease))
 
     def _from_slot(self, layer_idx: int, lease: Lease) -> HostExpert:
         return HostExpert(self._slots.tensor(layer_idx, _slot_of(lease)), partial(self._release_after, lease))
@@ -303,6 +336,7 @@ class HostTier:
             waiting, self._waiting = self._waiting, []
             for fetch in waiting:
                 fetch.ended = True
+                self._let_go(fetch)
         _tell((fetch, _closed_error(fetch.key)) for fetch in waiting)
         self._reader.close()
 

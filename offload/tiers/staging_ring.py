@@ -6,6 +6,7 @@ import torch
 
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.device_queue import Event
+from moe_offload.offload.tiers.emptying import Emptying
 
 
 class StagingRing:
@@ -21,7 +22,12 @@ class StagingRing:
         self._speculation_limit = max(1, slab.num_slots - num_for_demand)
         self._free = deque(range(slab.num_slots))
         self._lent: dict[int, bool] = {}  # slot -> whether for speculation
-        self._emptying: deque[tuple[int, Event]] = deque()  # copies end in the order of one stream
+        self._emptying: Emptying[int] = Emptying()
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether all of it is page-locked."""
+        return self._slab.num_pinned_slots == self._slab.num_slots
 
     def memory(self, slot: int, size_bytes: int) -> memoryview:
         """The first bytes of a slot, for a read."""
@@ -33,8 +39,8 @@ class StagingRing:
 
     def take(self, *, speculative: bool) -> int | None:
         """A slot to read into, or None if all are in use."""
-        while self._emptying and self._emptying[0][1].is_over():
-            self.give_back(self._emptying.popleft()[0])
+        for slot in self._emptying.take_over():
+            self.give_back(slot)
         if not self._free or (speculative and sum(self._lent.values()) >= self._speculation_limit):
             return None
         slot = self._free.popleft()
@@ -48,8 +54,8 @@ class StagingRing:
 
     def give_back_after(self, slot: int, event: Event) -> None:
         """A copy reads the slot until the event is over."""
-        self._emptying.append((slot, event))
+        self._emptying.add(event, slot)
 
     def oldest_copy(self) -> Event | None:
         """What the next slot waits for, if any copy is under way."""
-        return self._emptying[0][1] if self._emptying else None
+        return self._emptying.oldest()
