@@ -17,6 +17,7 @@ from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
+from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.generation import Generator
 from moe_offload.offload.learning.predictor_file import load_predictor
@@ -101,7 +102,8 @@ class OffloadedModel:
         modules = [layer.module for layer in manifest.layers]
         lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
         loaded.step.predictor = lookahead
-        PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, loaded.residency.cache)
+        clock, turn = StepClock(self.model, loaded.step, loaded.residency.cache), Turn()
+        PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, clock, turn)
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set

@@ -16,7 +16,7 @@ from loaded_models import check_health, loaded, make_pack
 
 from moe_offload import OffloadedModel
 from moe_offload.cache import policy_names
-from moe_offload.offload.experts import prefetch_tuning
+from moe_offload.offload.experts import step_tuning
 
 # Rows are whole groups of every format.
 _WIDE = {"hidden_size": 64, "num_hidden_layers": 3}
@@ -101,7 +101,7 @@ def test_logits_are_those_of_all_experts_resident(
     disk.delay_reads(max_delay_s)
     disk.shorten_reads(short_read_ratio)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefetch_tuning, "TRIAL_STEPS", 2)  # so that "auto" switches within the few steps
+        patch.setattr(step_tuning, "TRIAL_STEPS", 2)  # so that "auto" switches within the few steps
         with loaded(pack.folder, num_slots, disk, policy=policy, prefetch=prefetch) as model:
             assert torch.equal(all_logits(model.model), pack.expected)
             check_health(model)

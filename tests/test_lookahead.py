@@ -1,6 +1,5 @@
 """Asking later layers' routers ahead of time: what is predicted, what it brings, and when it is left off."""
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from loaded_models import PROMPT, check_health, loaded, make_pack
 from moe_offload import OffloadedModel
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.lookahead import LookaheadCounts
-from moe_offload.offload.experts.prefetch_tuning import HOLD_STEPS, TRIAL_STEPS, TRIALS, PrefetchTuner, parse_prefetch
+from moe_offload.offload.experts.prefetch_tuning import parse_prefetch
 
 NUM_LAYERS, TOP_K = 3, 2
 
@@ -158,91 +157,6 @@ def test_slots_for_one_token_leave_room_in_staging(pack: Path) -> None:
 
 
 # -- auto --
-
-
-def run_steps(tuner: PrefetchTuner, num_steps: int, on_s: float, off_s: float) -> list[int]:
-    """Depths of the steps; a step takes ``on_s`` with prefetching and ``off_s`` without."""
-    depths = []
-    for _ in range(num_steps):
-        depths.append(tuner.depth)
-        tuner.record(on_s if tuner.depth else off_s, 1)
-    return depths
-
-
-TRIAL_PERIOD = 2 * TRIALS * TRIAL_STEPS
-
-
-def test_auto_tries_both_in_turn() -> None:
-    depths = run_steps(PrefetchTuner(1), TRIAL_PERIOD, on_s=1.0, off_s=1.0)
-    assert depths == ([0] * TRIAL_STEPS + [1] * TRIAL_STEPS) * TRIALS
-
-
-@pytest.mark.parametrize(("on_s", "depth"), [(0.5, 2), (0.9, 2), (0.99, 0), (1.0, 0), (1.5, 0)])
-def test_auto_keeps_what_is_faster(on_s: float, depth: int) -> None:
-    tuner = PrefetchTuner(2)
-    run_steps(tuner, TRIAL_PERIOD, on_s, off_s=1.0)
-    held = HOLD_STEPS - TRIAL_PERIOD  # what is far faster is held as soon as that is clear
-    assert run_steps(tuner, held, on_s, off_s=1.0) == [depth] * held
-
-
-def test_auto_tries_again_later() -> None:
-    """A disk that becomes slow, or a cache that warms up, is noticed."""
-    tuner = PrefetchTuner(1)
-    run_steps(tuner, TRIAL_PERIOD, on_s=1.1, off_s=1.0)
-    assert tuner.depth == 0
-    run_steps(tuner, HOLD_STEPS, on_s=1.1, off_s=1.0)
-    assert 1 in run_steps(tuner, TRIAL_PERIOD, on_s=0.9, off_s=1.0)
-    assert run_steps(tuner, HOLD_STEPS, on_s=0.9, off_s=1.0) == [1] * HOLD_STEPS
-    run_steps(tuner, TRIAL_PERIOD, on_s=1.1, off_s=1.0)
-    assert tuner.depth == 0
-
-
-def test_auto_is_not_misled_by_a_hiccup() -> None:
-    tuner = PrefetchTuner(1)
-    for step in range(TRIAL_PERIOD):
-        hiccup_s = 50.0 if step % 7 == 3 else 0.0
-        tuner.record(hiccup_s + (1.1 if tuner.depth else 1.0), 1)
-    assert tuner.depth == 0
-
-
-def test_auto_does_not_count_the_first_step_of_a_trial() -> None:
-    """It still lives on what the other setting brought."""
-    tuner = PrefetchTuner(1)
-    before = tuner.depth
-    for step in range(TRIAL_PERIOD):
-        switched = tuner.depth != before or step == 0
-        before = tuner.depth
-        tuner.record(0.0 if switched and tuner.depth else 100.0 if switched else 1.1 if tuner.depth else 1.0, 1)
-    assert tuner.depth == 0
-
-
-@pytest.mark.parametrize("on_s", [0.9, 1.0])
-def test_auto_sees_through_steps_that_miss_differently_much(on_s: float) -> None:
-    """Where a step's misses make most of its time, those that the trials happened to have do not decide."""
-    draw = random.Random(0)
-    for _ in range(20):
-        tuner = PrefetchTuner(1)
-        for _ in range(TRIAL_PERIOD):
-            num_missed = draw.randint(0, 8)
-            tuner.record((on_s if tuner.depth else 1.0) + 0.5 * num_missed + draw.uniform(0.0, 0.02), num_missed)
-        assert tuner.depth == (on_s < 1.0)
-
-
-def test_auto_does_not_try_where_nothing_is_missed() -> None:
-    tuner = PrefetchTuner(1)
-    for _ in range(HOLD_STEPS):
-        tuner.record(1.0, 0)
-        assert tuner.depth == 0
-
-
-def test_auto_soon_gives_up_what_is_far_slower() -> None:
-    depths = run_steps(PrefetchTuner(1), TRIAL_PERIOD, on_s=1.5, off_s=1.0)
-    assert sum(depths) == TRIAL_STEPS
-
-
-def test_auto_is_soon_done_with_leaving_out_what_helps_much() -> None:
-    depths = run_steps(PrefetchTuner(1), TRIAL_PERIOD, on_s=0.7, off_s=1.0)
-    assert depths == [0] * TRIAL_STEPS + [1] * (TRIAL_PERIOD - TRIAL_STEPS)
 
 
 def test_auto_gives_the_same_tokens_whatever_it_finds(pack: Path) -> None:
