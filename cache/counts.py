@@ -1,6 +1,6 @@
 """What is counted, running and frozen."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Literal, Self
 
 Phase = Literal["decode", "prefill"]
@@ -11,10 +11,10 @@ class _Counts:
     """Counts that add and subtract field by field."""
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return type(self)(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __sub__(self, other: Self) -> Self:
-        return type(self)(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return type(self)(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class PhaseCounters:
     evictions: int = 0
 
     def freeze(self) -> PhaseCounts:
-        return PhaseCounts(*astuple(self))
+        return PhaseCounts(self.requests, self.hits, self.misses, self.bypassed, self.evictions)
 
 
 @dataclass(slots=True)
@@ -130,4 +130,4 @@ class PrefetchCounters:
     evictions: int = 0
 
     def freeze(self) -> PrefetchCounts:
-        return PrefetchCounts(*astuple(self))
+        return PrefetchCounts(self.issued, self.used, self.late, self.wasted, self.evictions)
