@@ -8,7 +8,7 @@ from torch import nn
 from moe_offload.quant import Format, get_format
 from moe_offload.quant.blocked import BlockedFormat
 from moe_offload.quant.raw import RawFormat
-from moe_offload.quant.step import PackedProjection, RawWeight
+from moe_offload.quant.step_weights import PackedProjection, RawWeight
 
 SOURCE = "source"
 MIN_DIMENSION = 64

@@ -16,8 +16,10 @@ from torch import Tensor
 from moe_offload.quant import get_format, kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.blocked import BlockedFormat
+from moe_offload.quant.latent_step import LatentAttentionCall, LatentAttentionWeights, Rotary
 from moe_offload.quant.moe_layer import MoeStep, PackedMlp, PackedPart
-from moe_offload.quant.step import AttentionCall, AttentionWeights, LinearCall, Norm, NormCall, RawWeight
+from moe_offload.quant.step import AttentionCall, AttentionWeights, LinearCall, NormCall
+from moe_offload.quant.step_weights import Norm, PackedProjection, RawWeight
 
 SPECS = ("nf4", "int4", "mxfp4", "nf3", "int8", "fp8", "fp8-48x40", "bnb-nf4-64", "bnb-fp4-128", "bf16", "fp16")
 SHAPES = ((1, 64), (7, 192), (48, 100), (97, 640))
@@ -135,6 +137,38 @@ def attention(dtype: torch.dtype, *, at_end: bool) -> None:
         call(random(1, 1, hidden), *tables, *states, 0, capacity - 1)
 
 
+def latent_attention(spec: str, dtype: torch.dtype, *, at_end: bool) -> None:
+    """The same of latent attention, whose weights may be packed."""
+
+    def random(*shape: int) -> Tensor:
+        return guarded(torch.randn(shape).to(dtype), at_end=at_end)
+
+    fmt = get_format(spec)
+
+    def projection(*shape: int) -> RawWeight | PackedProjection:
+        if not isinstance(fmt, BlockedFormat):
+            return RawWeight(random(*shape))
+        packed = guarded(fmt.quantize(torch.randn(shape)), at_end=at_end)
+        return PackedProjection(packed, fmt.layout(shape), fmt.code)
+
+    hidden, num_heads, capacity = 128, 5, 9
+    for rank, nope_dim, rope_dim, value_dim in ((64, 24, 8, 20), (192, 70, 64, 33)):
+        print("latent attention", spec, dtype, rank, flush=True)
+        call = LatentAttentionCall(
+            LatentAttentionWeights(
+                *(projection(64, hidden), Norm(random(64), 1e-6, True)),
+                projection(num_heads * (nope_dim + rope_dim), 64),
+                *(projection(rank + rope_dim, hidden), Norm(random(rank), 1e-6, True)),
+                projection(num_heads * (nope_dim + value_dim), rank),
+                RawWeight(random(hidden, num_heads * value_dim)),
+                *(num_heads, nope_dim, rope_dim, value_dim, rank, 0.1, Rotary.PAIRS_TO_HALVES),
+            ),
+            dtype,
+        )
+        tables, states = (random(1, 1, rope_dim), random(1, 1, rope_dim)), (rank, rope_dim)
+        call(random(1, 1, hidden), *tables, *(random(1, 1, capacity, width) for width in states), capacity - 1)
+
+
 def overrun() -> None:
     """What must not survive: a weight that is shorter than its layout says."""
     fmt, shape = get_format("int8"), (7, 192)
@@ -156,6 +190,8 @@ def main() -> None:
             dense(at_end=at_end)
             for dtype in DTYPES:
                 attention(dtype, at_end=at_end)
+                for spec in ("bf16", "nf4", "nf3", "int8", "fp8"):
+                    latent_attention(spec, dtype, at_end=at_end)
             _held.clear()
     print("done")
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moe_offload.quant import get_format, kernels
-from moe_offload.quant.step import LinearCall, RawWeight
+from moe_offload.quant.step import LinearCall
+from moe_offload.quant.step_weights import RawWeight
 
 NUM_ROWS, NUM_COLS = 70_001, 32_768
 

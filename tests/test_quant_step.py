@@ -9,15 +9,8 @@ from torch.nn import functional as F
 
 from moe_offload.quant import get_format, kernels
 from moe_offload.quant.blocked import BlockedFormat
-from moe_offload.quant.step import (
-    AttentionCall,
-    AttentionWeights,
-    LinearCall,
-    Norm,
-    NormCall,
-    PackedProjection,
-    RawWeight,
-)
+from moe_offload.quant.step import AttentionCall, AttentionWeights, LinearCall, NormCall
+from moe_offload.quant.step_weights import Norm, PackedProjection, RawWeight
 
 BACKENDS = [name for name in kernels.available() if name != "torch"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -7,7 +7,8 @@ from torch import nn
 
 from moe_offload.offload.decode.fused_forward import MAX_ROWS, FusedForward, Memory, is_plain
 from moe_offload.offload.dense_linears import PackedLinear
-from moe_offload.quant.step import LinearCall, PackedProjection, RawWeight
+from moe_offload.quant.step import LinearCall
+from moe_offload.quant.step_weights import PackedProjection, RawWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

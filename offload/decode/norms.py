@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from moe_offload.offload.decode.fused_forward import FusedForward, Memory, is_plain
-from moe_offload.quant.step import Norm, NormCall
+from moe_offload.quant.step import NormCall
+from moe_offload.quant.step_weights import Norm
 
 # More numbers than this are a prompt's or a large batch's, which torch shares among threads.
 _MAX_NUMEL = 1 << 16

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from moe_offload.offload.decode.fused_forward import FusedForward, Memory, is_plain
-from moe_offload.quant.step import LinearCall, RawWeight
+from moe_offload.quant.step import LinearCall
+from moe_offload.quant.step_weights import RawWeight
 
 _MAX_ROWS = 2
 _PROBE_ROWS = 8

@@ -41,6 +41,32 @@ struct Attention {
     int32_t dtype;  // of activations, keys and values
 };
 
+// How the numbers that rotate turn, where a token's position is in a part of each head: in pairs (i, i + half); in pairs
+// (2i, 2i + 1) that come out as (i, i + half); in pairs that stay in place, in fp32 and rounded once; not at all.
+enum Rotary : int32_t { ROTARY_HALVES = 0, ROTARY_PAIRS_TO_HALVES = 1, ROTARY_PAIRS = 2, ROTARY_NONE = 3 };
+
+// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): what is cached of a token is a latent [rank]
+// and one rotated key [rope_dim] for all heads. A query head is [nope_dim + rope_dim]. `expand` [num_heads * (nope_dim +
+// value_dim), rank] has for each head the rows that make keys of a latent, then those that make values of it.
+struct LatentAttention {
+    Projection query_down;  // to the norm before `query`; without weights where `query` takes hidden states
+    Projection query, latent, expand, output;
+    RmsNorm query_norm, latent_norm;
+    int64_t num_heads, nope_dim, rope_dim, value_dim, rank;
+    float scaling;
+    float query_factor, latent_factor;  // on queries and normed latents, rounded after; 1 for none
+    int32_t rotary;
+    int32_t dtype;  // of activations and of what is cached
+};
+
+// Queries of some heads, in fp32: over latents [heads, rank], and over rotated keys [heads, rope_dim] whose rows lie
+// `rotated_stride` apart.
+struct LatentQuery {
+    const float* latent;
+    const float* rotated;
+    int64_t rotated_stride;
+};
+
 struct StepKernels {
     // rows [row_begin, row_end) of out [num_tokens, rows] = x [num_tokens, cols] in fp32 @ weight.T, in fp32
     void (*raw_rows)(const RawWeight&, const float* x, int64_t num_tokens, int64_t row_begin, int64_t row_end,
@@ -51,4 +77,10 @@ struct StepKernels {
     // [group, head_dim] in fp32, `scores` room for [group, end - begin].
     void (*attend)(const Attention&, int64_t kv_head, const float* query, const void* keys, const void* values,
                    int64_t begin, int64_t end, float* scores, float* out);
+    // out [cols] += x [count] @ rows [count, cols]
+    void (*add_rows)(const void* rows, int32_t dtype, int64_t count, int64_t cols, const float* x, float* out);
+    // `num_heads` heads over latents [count, rank] and rotated keys [count, rope_dim]; `scores` room for
+    // [num_heads, count]; out [num_heads, rank]: latents weighted by each head's attention.
+    void (*attend_latents)(const LatentAttention&, int64_t num_heads, const LatentQuery&, const void* latents,
+                           const void* keys, int64_t count, float* scores, float* out);
 };

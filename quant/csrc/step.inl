@@ -117,20 +117,18 @@ inline void softmax(float* scores, int64_t count, const float* sink) {
 // Positions at a time whose values stay in the nearest cache while all their columns are summed.
 constexpr int64_t kAttendTile = 128;
 
+// body(head, kHeads) for heads that share keys: as many at once as registers hold, so that a key is read for all of them.
+template <class Body>
+ALWAYS_INLINE void by_heads(int64_t num_heads, Body body) {
+    int64_t head = 0;
+    for (; num_heads - head >= 4; head += 4) body(head, std::integral_constant<int, 4>{});
+    for (; num_heads - head >= 2; head += 2) body(head, std::integral_constant<int, 2>{});
+    if (head < num_heads) body(head, std::integral_constant<int, 1>{});
+}
+
+// out [kHeads, dim] = scores [kHeads, count] @ values [count, dim]
 template <class Lanes, int kHeads>
-void attend_heads(const Attention& a, int64_t first_head, const float* query, const typename Lanes::Type* keys,
-                  const typename Lanes::Type* values, int64_t count, float* scores, float* out) {
-    const int64_t dim = a.head_dim;
-    for (int64_t j = 0; j < count; j++) {
-        for (int h = 0; h < kHeads; h++) {
-            scores[h * count + j] = dot<Lanes>(query + h * dim, keys + j * dim, dim) * a.scaling;
-        }
-    }
-    for (int h = 0; h < kHeads; h++) {
-        float sink = 0.0f;
-        if (a.sinks != nullptr) sink = load_as_float(a.sinks, a.sinks_dtype, first_head + h);
-        softmax(scores + h * count, count, a.sinks != nullptr ? &sink : nullptr);
-    }
+void sum_values(const float* scores, const typename Lanes::Type* values, int64_t count, int64_t dim, float* out) {
     for (int64_t i = 0; i < kHeads * dim; i++) out[i] = 0.0f;
     for (int64_t tile = 0; tile < count; tile += kAttendTile) {
         const int64_t end = tile + kAttendTile < count ? tile + kAttendTile : count;
@@ -165,6 +163,23 @@ void attend_heads(const Attention& a, int64_t first_head, const float* query, co
     }
 }
 
+template <class Lanes, int kHeads>
+void attend_heads(const Attention& a, int64_t first_head, const float* query, const typename Lanes::Type* keys,
+                  const typename Lanes::Type* values, int64_t count, float* scores, float* out) {
+    const int64_t dim = a.head_dim;
+    for (int64_t j = 0; j < count; j++) {
+        for (int h = 0; h < kHeads; h++) {
+            scores[h * count + j] = dot<Lanes>(query + h * dim, keys + j * dim, dim) * a.scaling;
+        }
+    }
+    for (int h = 0; h < kHeads; h++) {
+        float sink = 0.0f;
+        if (a.sinks != nullptr) sink = load_as_float(a.sinks, a.sinks_dtype, first_head + h);
+        softmax(scores + h * count, count, a.sinks != nullptr ? &sink : nullptr);
+    }
+    sum_values<Lanes, kHeads>(scores, values, count, dim, out);
+}
+
 inline void attend(const Attention& a, int64_t kv_head, const float* query, const void* keys, const void* values,
                    int64_t begin, int64_t end, float* scores, float* out) {
     const int64_t group = a.num_heads / a.num_kv_heads;
@@ -172,20 +187,16 @@ inline void attend(const Attention& a, int64_t kv_head, const float* query, cons
         using Lanes = decltype(lanes);
         const auto* k = static_cast<const typename Lanes::Type*>(keys) + begin * a.head_dim;
         const auto* v = static_cast<const typename Lanes::Type*>(values) + begin * a.head_dim;
-        int64_t head = 0;
-        const auto run = [&](auto heads) {
-            constexpr int kHeads = decltype(heads)::value;
-            attend_heads<Lanes, kHeads>(a, kv_head * group + head, query + head * a.head_dim, k, v, end - begin, scores,
-                                        out + head * a.head_dim);
-            head += kHeads;
-        };
-        while (group - head >= 4) run(std::integral_constant<int, 4>{});
-        if (group - head >= 2) run(std::integral_constant<int, 2>{});
-        if (group - head >= 1) run(std::integral_constant<int, 1>{});
+        by_heads(group, [&](int64_t head, auto heads) {
+            attend_heads<Lanes, decltype(heads)::value>(a, kv_head * group + head, query + head * a.head_dim, k, v,
+                                                        end - begin, scores, out + head * a.head_dim);
+        });
     });
 }
 
+#include "latent_attention.inl"
+
 inline const StepKernels& step_kernels() {
-    static const StepKernels kernels = {raw_rows, rms_norm, attend};
+    static const StepKernels kernels = {raw_rows, rms_norm, attend, add_rows, attend_latents};
     return kernels;
 }
