@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 LAYERS = (1, 5)
-PROMPT_TOKENS = 64
 # Heads and widths of the models; experts as small as a format allows, and few words.
 _SMALL = {"vocab_size": 2048, "num_hidden_layers": LAYERS[1], "dtype": "bfloat16"}
 CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -73,6 +72,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
     ),
+    "GLM-4.7-Flash": (
+        "glm4_moe_lite",
+        {
+            "hidden_size": 2048,
+            "num_attention_heads": 20,
+            "num_key_value_heads": 20,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "mlp_layer_types": ["sparse"] * LAYERS[1],
+        },
+        {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 128},
+    ),
 }
 
 
@@ -87,7 +100,7 @@ def write_pack(folder: Path, name: str, width: str) -> None:
     write_synthetic_pack(folder, config, format="nf4")
 
 
-def measure(pack: Path, tokens: int, with_profile: bool) -> dict[str, Any]:
+def measure(pack: Path, tokens: int, prompt_tokens: int, with_profile: bool) -> dict[str, Any]:
     """Seconds of a layer and of the rest of a token, with the modules that the environment asks for."""
     import time
 
@@ -95,12 +108,12 @@ def measure(pack: Path, tokens: int, with_profile: bool) -> dict[str, Any]:
 
     from moe_offload import OffloadedModel
 
-    with OffloadedModel.from_pretrained(pack, device="cpu", ram="6GiB", context_tokens=1024) as loaded:
+    with OffloadedModel.from_pretrained(pack, device="cpu", ram="6GiB", context_tokens=prompt_tokens + 1024) as loaded:
         model = loaded.model
         for layer in loaded.manifest.layers:
             experts = model.get_submodule(layer.module)
             experts.forward = lambda hidden_states, *_: torch.zeros_like(hidden_states)
-        inputs = torch.randint(0, 2000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
+        inputs = torch.randint(0, 2000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
         layers = list(model.model.layers)
 
         def run(count: int, clock: Callable[[], float]) -> float:
@@ -140,9 +153,10 @@ def measure(pack: Path, tokens: int, with_profile: bool) -> dict[str, Any]:
     }
 
 
-def child(pack: Path, mode: str, tokens: int, with_profile: bool) -> dict[str, Any]:
+def child(pack: Path, mode: str, tokens: int, prompt_tokens: int, with_profile: bool) -> dict[str, Any]:
     """`measure` in a process of its own."""
     arguments = [sys.executable, __file__, "--child", str(pack), "--tokens", str(tokens)]
+    arguments += ["--prompt-tokens", str(prompt_tokens)]
     environment = os.environ | {"MOE_OFFLOAD_DENSE": mode}
     done = subprocess.run(
         arguments + (["--profile"] if with_profile else []), env=environment, capture_output=True, text=True
@@ -161,11 +175,12 @@ def main() -> None:
     parser.add_argument("--model", choices=CONFIGS, action="append", help="one of the models; all by default")
     parser.add_argument("--width", choices=("real", "narrow"), action="append", help="both by default")
     parser.add_argument("--tokens", type=int, default=48, help="decode steps to time")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="tokens in the cache before those")
     parser.add_argument("--profile", action="store_true", help="print where a fused step's time goes")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.tokens, arguments.profile)))
+        print(json.dumps(measure(arguments.child, arguments.tokens, arguments.prompt_tokens, arguments.profile)))
         return
 
     from moe_offload.offload.planning.rates import memory_read_rate
@@ -182,7 +197,9 @@ def main() -> None:
                 pack = Path(scratch) / "pack"
                 write_pack(pack, name, width)
                 for mode in ("eager", "fused"):
-                    figures = child(pack, mode, arguments.tokens, arguments.profile and mode == "fused")
+                    figures = child(
+                        pack, mode, arguments.tokens, arguments.prompt_tokens, arguments.profile and mode == "fused"
+                    )
                     memory_s = figures["layer_bytes"] / memory_rate
                     print(
                         f"| {name} | {width} | {mode} | {1e3 * figures['layer_s']:.3f} | {1e3 * memory_s:.3f} "

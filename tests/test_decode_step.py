@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_config
-from family_runs import example_inputs, load_smallest, save_random_model
+from decode_runs import DECODE_STEPS, PROMPT_TOKENS, close, counted_calls, decode, fused, loaded_twice, pack_of, step
+from family_runs import load_smallest
 from transformers import DynamicCache, StaticCache
 
 from moe_offload.errors import ConfigError
@@ -18,26 +18,18 @@ from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.decode.linears import FusedLinear
 from moe_offload.offload.decode.norms import FusedNorm
 from moe_offload.offload.decode.routers import FusedRouter
-from moe_offload.offload.pack.packer import pack_model
 from moe_offload.quant import backend_name
+from moe_offload.quant.step import AttentionCall
 
 pytestmark = pytest.mark.skipif(backend_name() == "torch", reason="no kernels were built")
 
-# A window shorter than the text, norms of heads and of all queries, sinks and a bias, MLA.
+# A window shorter than the text, norms of heads and of all queries, sinks and a bias.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 16, "num_hidden_layers": 2},
     "qwen3_moe": {"num_hidden_layers": 2},
     "olmoe": {"num_hidden_layers": 2},
     "gpt_oss": {"num_hidden_layers": 2, "sliding_window": 16},
-    "deepseek_v2": {"num_hidden_layers": 2},
 }
-ATTENTION_STAYS_EAGER = {"deepseek_v2"}
-PROMPT_TOKENS, DECODE_STEPS = 11, 12
-TOLERANCE = 2e-5
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +38,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(family: str) -> Path:
         if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            checkpoint = save_random_model(make_config(family, **FAMILIES[family]), folder / "checkpoint")
-            made[family] = pack_model(str(checkpoint), folder / "pack", format="source")
+            made[family] = pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family])
         return made[family]
 
     return get
@@ -57,53 +47,14 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def both(packs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The same model twice: fused, and eager."""
-    opened = []
-
-    def get(family: str) -> tuple[Any, Any]:
-        for mode in ("fused", "eager"):
-            monkeypatch.setenv("MOE_OFFLOAD_DENSE", mode)
-            opened.append(load_smallest(packs(family)))
-        return opened[-2].model, opened[-1].model
-
-    yield get
-    for model in opened:
-        model.close()
-
-
-def fused(model: Any, kind: type) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module.__dict__.get("forward"), kind)]
-
-
-@torch.inference_mode()
-def decode(model: Any, batch_size: int = 1, **options: Any) -> torch.Tensor:
-    """The logits of greedy steps ``[steps, batch, vocabulary]``."""
-    inputs = example_inputs(model.config, batch_size, PROMPT_TOKENS)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=DECODE_STEPS,
-        min_new_tokens=DECODE_STEPS,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    return torch.stack(output.logits)
+    with loaded_twice(monkeypatch) as load:
+        yield lambda family: load(packs(family))
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The position of every token that went through the attention kernel."""
-    from moe_offload.quant.step import AttentionCall
-
-    positions: list[int] = []
-    call = AttentionCall.__call__
-
-    def counted(self: Any, *args: Any) -> torch.Tensor:
-        positions.append(args[-1])
-        return call(self, *args)
-
-    monkeypatch.setattr(AttentionCall, "__call__", counted)
-    return positions
+    return counted_calls(AttentionCall, monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,16 +63,16 @@ def test_logits_are_those_of_the_eager_model(family, both, calls):
     assert not any(fused(eager, kind) for kind in (FusedNorm, FusedLinear, FusedRouter, FusedAttention))
     assert "lm_head" in fused(model, FusedLinear)
     assert "model.norm" in fused(model, FusedNorm)
-    assert len(fused(model, FusedRouter)) == (1 if family == "deepseek_v2" else 2), "one in each layer of experts"
+    assert len(fused(model, FusedRouter)) == 2, "one in each layer of experts"
     calls.clear()  # what loading tried
     assert close(decode(model), decode(eager))
-    attention = [] if family in ATTENTION_STAYS_EAGER else ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    attention = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert fused(model, FusedAttention) == attention
     assert len(calls) == len(attention) * (DECODE_STEPS - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ATTENTION_STAYS_EAGER])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_attention_in_sixteen_bits_is_fused(family, dtype, packs):
     with load_smallest(packs(family), dtype=str(dtype).partition(".")[2]) as model:
         assert len(fused(model.model, FusedAttention)) == 2
@@ -190,12 +141,6 @@ def test_another_router_weight_is_used_at_once(both):
         router = one.model.layers[0].mlp.gate
         router.weight = torch.nn.Parameter(router.weight.flip(0).clone(), requires_grad=False)
     assert close(decode(model), decode(eager))
-
-
-@torch.inference_mode()
-def step(model: Any, cache: Any, tokens: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), past_key_values=cache).logits
-    return logits
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -4,7 +4,6 @@ Which modules: those of classes that are known to do what the kernel does, as th
 after the kernel has agreed with the module's own forward on random tokens.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from moe_offload.offload.decode.attention_forward import IMPLEMENTATIONS, AttentionForward, SeenMasks, kind_of
 from moe_offload.offload.decode.attention_probe import agrees
-from moe_offload.offload.decode.fused_forward import FusedForward, Memory, is_plain
+from moe_offload.offload.decode.fused_forward import is_plain
 from moe_offload.offload.decode.kv_room import growing_layer, room_of
 from moe_offload.offload.decode.linears import compute_dtype, projection_of
 from moe_offload.offload.decode.norms import fused_norm
@@ -31,37 +31,12 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
 
 
-class _SeenMasks:
-    """The masks that the layers of a step are given, of one kind or two, and whether each hides nothing."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[tuple[torch.Tensor, bool], ...] = ()
-
-    def hides_nothing(self, mask: Any) -> bool:
-        """Whether a token may attend to all that is in the cache."""
-        if mask is None:
-            return True
-        for seen, answer in self._seen:
-            if seen is mask:
-                return answer
-        if not isinstance(mask, torch.Tensor):
-            return False
-        answer = bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
-        self._seen = (*self._seen[-1:], (mask, answer))
-        return answer
-
-
-class FusedAttention(FusedForward):
+class FusedAttention(AttentionForward):
     """The forward of an attention module."""
 
-    def __init__(self, module: Any, call: AttentionCall, dtype: torch.dtype, masks: _SeenMasks) -> None:
-        super().__init__(module)
-        self._module, self._call, self._dtype, self._masks = module, call, dtype, masks
-        self._parts = [(name, module._modules.get(name)) for name in (*_PROJECTIONS, *_NORMS)]
-        self._memory = Memory(*_tensors(module))
-        found = [part for _, part in self._parts if part is not None]
-        self._hooks = [hooks for part in found for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._width = module.q_proj.in_features
+    def __init__(self, module: Any, call: AttentionCall, dtype: torch.dtype, masks: SeenMasks) -> None:
+        super().__init__(module, (*_PROJECTIONS, *_NORMS), module.q_proj.in_features, dtype)
+        self._call, self._masks = call, masks
 
     def __call__(
         self,
@@ -72,7 +47,7 @@ class FusedAttention(FusedForward):
         **kwargs: Any,
     ) -> Any:
         """As the module's own: the result, and the attention weights or None."""
-        if hidden_states.numel() == self._width and self._may_run(hidden_states, position_embeddings, kwargs):
+        if self._may_run(hidden_states, kwargs) and self._are_tables(position_embeddings):
             layer = growing_layer(past_key_values, self._module.layer_idx)
             if layer is not None and layer.keys.dtype is self._dtype and self._masks.hides_nothing(attention_mask):
                 room = room_of(layer)
@@ -88,33 +63,20 @@ class FusedAttention(FusedForward):
             **kwargs,
         )
 
-    def _may_run(self, hidden_states: torch.Tensor, position_embeddings: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether this is one plain token, and nobody wants what happens inside."""
-        module = self._module
-        return (
-            hidden_states.dim() == 3
-            and is_plain(hidden_states, self._dtype)
-            and type(position_embeddings) is tuple
-            and all(is_plain(table, self._dtype) for table in position_embeddings)
-            and not module.training
-            and not kwargs.get("output_attentions")
-            and not (module._forward_hooks and module.config._attn_implementation == "eager")
-            and not any(self._hooks)
-            and all(module._modules.get(name) is part for name, part in self._parts)
-            and self._memory.is_unchanged()
-        )
+    def _are_tables(self, position_embeddings: Any) -> bool:
+        return type(position_embeddings) is tuple and all(is_plain(table, self._dtype) for table in position_embeddings)
 
 
 def fuse_attention(model: Any) -> None:
     """Give attention modules a `FusedAttention` where the kernel was seen to compute the same."""
     rotary = next((m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
-    masks = _SeenMasks()
+    masks = SeenMasks()
     known: dict[Any, bool | None] = {}
     for module in model.modules():
         weights = _weights(module)
         if weights is None or rotary is None:
             continue
-        kind = _kind(module)
+        kind = kind_of(module)
         if kind not in known:
             known[kind] = _tables_are_halves(module, weights, rotary)
         half_tables = known[kind]
@@ -129,7 +91,7 @@ def _weights(module: Any) -> AttentionWeights | None:
     if type(module).__name__ not in _CLASSES or not set(module._modules) <= {*_PROJECTIONS, *_NORMS}:
         return None
     config = module.config
-    if getattr(config, "clip_qkv", None) is not None or config._attn_implementation not in ("sdpa", "eager"):
+    if getattr(config, "clip_qkv", None) is not None or config._attn_implementation not in IMPLEMENTATIONS:
         return None
     query, key, value, output = (projection_of(module._modules[name]) for name in _PROJECTIONS)
     norms = [fused_norm(module._modules[name]) for name in _NORMS if name in module._modules]
@@ -158,17 +120,6 @@ def _weights(module: Any) -> AttentionWeights | None:
     )
 
 
-def _kind(module: Any) -> Any:
-    """What tells modules apart that may compute differently: their class, their own fields, and what they hold."""
-    fields = {
-        name: value
-        for name, value in module.__dict__.items()
-        if name != "layer_idx" and isinstance(value, (bool, int, float, str, type(None)))
-    }
-    shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()]
-    return type(module), tuple(sorted(fields.items(), key=lambda item: item[0])), tuple(shapes)
-
-
 def _tables_are_halves(module: Any, weights: AttentionWeights, rotary: nn.Module) -> bool | None:
     """The reading of cosines and sines with which the kernel agrees with the module; None if it never does."""
     dtype = compute_dtype(module.q_proj)
@@ -176,10 +127,3 @@ def _tables_are_halves(module: Any, weights: AttentionWeights, rotary: nn.Module
         if agrees(module, AttentionCall(replace(weights, half_tables=half_tables), dtype), half_tables, rotary, dtype):
             return half_tables
     return None
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every parameter and buffer of a module, as its owner and name."""
-    for owner in module.modules():
-        for name in (*owner._parameters, *owner._buffers):
-            yield owner, name

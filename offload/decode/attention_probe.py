@@ -9,12 +9,12 @@ from moe_offload.offload.decode.kv_room import growing_layer, room_of
 from moe_offload.quant.step import AttentionCall
 
 # How far results may be apart, relative to their norm: some modules round every step of a softmax, the kernel none.
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # What is cached is only rounded differently.
-_CACHED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+CACHED_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # Scores of about this spread make a softmax that leans on few tokens, so that a wrong one shows.
-_SCORE_STD = 3.0
-_CACHED_TOKENS = 23
+SCORE_STD = 3.0
+CACHED_TOKENS = 23
 # A longer window is not filled: its module would differ from one without a window in nothing that is tried here.
 _LONGEST_WINDOW_TOKENS = 1024
 
@@ -24,7 +24,7 @@ def agrees(module: Any, call: AttentionCall, half_tables: bool, rotary: Any, dty
     """Whether ``call`` gives what ``module`` does for one token after some, and after more than a window of them."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(1, 1, module.q_proj.in_features, generator=generator).to(dtype)
-    position = torch.tensor([[_CACHED_TOKENS]])
+    position = torch.tensor([[CACHED_TOKENS]])
     try:
         tables = rotary(hidden_states, position)
     except TypeError:  # of a family that has a rotary embedding for each kind of layer
@@ -38,10 +38,10 @@ def agrees(module: Any, call: AttentionCall, half_tables: bool, rotary: Any, dty
 
 
 def _counts(module: Any) -> list[int]:
-    window = _empty_cache(module).layers[module.layer_idx]
+    window = empty_cache(module).layers[module.layer_idx]
     if isinstance(window, DynamicSlidingWindowLayer) and 2 <= window.sliding_window <= _LONGEST_WINDOW_TOKENS:
-        return [1, _CACHED_TOKENS, window.sliding_window + 2]
-    return [1, _CACHED_TOKENS]
+        return [1, CACHED_TOKENS, window.sliding_window + 2]
+    return [1, CACHED_TOKENS]
 
 
 def _agrees_after(
@@ -53,10 +53,10 @@ def _agrees_after(
     query_rms = (
         1.0 if weights.query_norm is not None else float(module.q_proj(hidden_states).float().pow(2).mean().sqrt())
     )
-    key_std = _SCORE_STD / max(query_rms * weights.head_dim**0.5 * abs(weights.scaling), 1e-6)
+    key_std = SCORE_STD / max(query_rms * weights.head_dim**0.5 * abs(weights.scaling), 1e-6)
     keys = (torch.randn(shape, generator=generator) * key_std).to(dtype)
     values = torch.randn(shape, generator=generator).to(dtype)
-    caches = [_empty_cache(module), _empty_cache(module)]
+    caches = [empty_cache(module), empty_cache(module)]
     for cache in caches:
         cache.update(keys, values, module.layer_idx)
     expected = module(hidden_states, position_embeddings=tables, attention_mask=None, past_key_values=caches[0])[0]
@@ -68,18 +68,19 @@ def _agrees_after(
     room.append_to(layer)
     own = caches[0].layers[module.layer_idx]
     return (
-        _distance(expected, found) <= _TOLERANCE[dtype]
-        and _distance(own.keys, layer.keys) <= _CACHED_TOLERANCE[dtype]
-        and _distance(own.keys[:, :, -1], layer.keys[:, :, -1]) <= _CACHED_TOLERANCE[dtype]
-        and _distance(own.values[:, :, -1], layer.values[:, :, -1]) <= _CACHED_TOLERANCE[dtype]
+        distance(expected, found) <= TOLERANCE[dtype]
+        and distance(own.keys, layer.keys) <= CACHED_TOLERANCE[dtype]
+        and distance(own.keys[:, :, -1], layer.keys[:, :, -1]) <= CACHED_TOLERANCE[dtype]
+        and distance(own.values[:, :, -1], layer.values[:, :, -1]) <= CACHED_TOLERANCE[dtype]
     )
 
 
-def _empty_cache(module: Any) -> DynamicCache:
+def empty_cache(module: Any) -> DynamicCache:
+    """A cache as generation makes it for the module's model."""
     return DynamicCache(config=module.config)
 
 
-def _distance(expected: torch.Tensor, found: torch.Tensor) -> float:
+def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
     """Norm of the difference over the norm; infinite for another shape."""
     if expected.shape != found.shape:
         return float("inf")
