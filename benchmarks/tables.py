@@ -90,11 +90,8 @@ def full_cases() -> list[Case]:
 
 
 def trace_cases(folder: Path) -> list[Case]:
-    """Every trace in the folder with half of the experts resident: policies and prefetching against each other."""
-    settings = [
-        *cross(resident=[0.5], policies=["lru", "decay"], prefetch=["off", "auto"]),
-        *cross(resident=[0.5], policies=["lfu"], prefetch=["off"]),
-    ]
+    """Every trace in the folder with half of the experts resident: LRU against the default policy, prefetching against none."""
+    settings = cross(resident=[0.5], policies=["lru", "recall"], prefetch=["off", "auto"])
     cases = []
     for path in sorted(folder.glob("*.npz")):
         name = next((name for name in TRACE_SHAPES if path.stem.startswith(name)), None)
