@@ -10,12 +10,12 @@ from moe_offload.offload.forecast.band import Band
 
 Device = Literal["cpu", "cuda"]
 # Of the rate at which memory is read: decoding codes costs arithmetic, and layers are short.
-MEMORY_SHARE: dict[Device, Band] = {"cpu": Band(0.42, 0.58, 0.75), "cuda": Band(0.2, 0.35, 0.6)}
+MEMORY_SHARE: dict[Device, Band] = {"cpu": Band(0.5, 0.68, 0.9), "cuda": Band(0.2, 0.35, 0.6)}
 # Of the rate at which the disk is read at the size of an expert: queues run dry between layers.
 DISK_SHARE = Band(0.78, 0.9, 1.0)
 COPY_SHARE = Band(0.7, 0.85, 0.95)
 # Of the shorter ways, what happens beside the longest: the rest waits for it or is waited for.
-OVERLAP = Band(0.0, 0.4, 0.8)
+OVERLAP = Band(0.0, 0.45, 0.9)
 # Python, routing and dispatch of a layer with experts, and of a token outside its layers.
 LAYER_S: dict[Device, Band] = {"cpu": Band(0.00012, 0.0002, 0.00035), "cuda": Band(0.0003, 0.0006, 0.0012)}
 TOKEN_S: dict[Device, Band] = {"cpu": Band(0.0005, 0.0012, 0.003), "cuda": Band(0.001, 0.002, 0.004)}
