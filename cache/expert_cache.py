@@ -96,24 +96,57 @@ class ExpertCache:
         with self._lock:
             self._release_abandoned()
             self._check_expert_ids(layer_idx, expert_ids)
-            layer, policy = self._layers[layer_idx], self._policy
-            lease = Lease(layer_idx, [], [], [], next(self._lease_ids), self._abandoned)
-            held: list[int] = []
-            self._leases[lease.lease_id] = (layer_idx, held)
-            missing = layer.pin_resident(expert_ids, held, lease.hits, lease.prefetched)
-            judged_before = admit is Admit.IF_HOTTER
-            # What a prompt's step asks for must not decide that a newcomer is hotter.
-            if expert_ids and not judged_before:
-                policy.touch(layer_idx, expert_ids, weights)
-            if missing:
-                scores, only_if_hotter = policy.scores(layer_idx), admit is not Admit.ALWAYS
-                lease.bypassed = layer.admit_missing(missing, held, lease.misses, scores, only_if_hotter, phase, most)
-            if expert_ids and judged_before:
-                policy.touch(layer_idx, expert_ids, weights)
-            layer.end_request(expert_ids, len(lease.hits), len(lease.misses), phase)
-            if self._observer is not None:
-                self._observer.acquired(lease, expert_ids, weights, admit)
-            return lease
+            return self._acquire(layer_idx, expert_ids, weights, admit, most, phase)
+
+    def acquire_loaded(
+        self, layer_idx: int, expert_ids: Sequence[int], *, weights: Sequence[float] | None = None
+    ) -> Lease | None:
+        """As `acquire` for a decode step if the bytes of all of them are there; else None, and nothing has changed."""
+        with self._lock:
+            self._release_abandoned()
+            self._check_expert_ids(layer_idx, expert_ids)
+            if not all(map(self._layers[layer_idx].slots.is_loaded, expert_ids)):
+                return None
+            return self._acquire(layer_idx, expert_ids, weights, Admit.ALWAYS, None, "decode")
+
+    def note_used(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float]) -> None:
+        """A decode step has used experts that were there without asking. Those that are gone by now are passed over."""
+        with self._lock:
+            self._release_abandoned()
+            self._check_expert_ids(layer_idx, expert_ids)
+            is_loaded = self._layers[layer_idx].slots.is_loaded
+            used = {e: weight for e, weight in zip(expert_ids, weights, strict=True) if is_loaded(e)}
+            lease = self._acquire(layer_idx, list(used), list(used.values()), Admit.ALWAYS, None, "decode")
+            self._release(lease.lease_id)
+            lease.is_open = False
+
+    def _acquire(
+        self,
+        layer_idx: int,
+        expert_ids: Sequence[int],
+        weights: Sequence[float] | None,
+        admit: Admit,
+        most: int | None,
+        phase: Phase,
+    ) -> Lease:
+        layer, policy = self._layers[layer_idx], self._policy
+        lease = Lease(layer_idx, [], [], [], next(self._lease_ids), self._abandoned)
+        held: list[int] = []
+        self._leases[lease.lease_id] = (layer_idx, held)
+        missing = layer.pin_resident(expert_ids, held, lease.hits, lease.prefetched)
+        judged_before = admit is Admit.IF_HOTTER
+        # What a prompt's step asks for must not decide that a newcomer is hotter.
+        if expert_ids and not judged_before:
+            policy.touch(layer_idx, expert_ids, weights)
+        if missing:
+            scores, only_if_hotter = policy.scores(layer_idx), admit is not Admit.ALWAYS
+            lease.bypassed = layer.admit_missing(missing, held, lease.misses, scores, only_if_hotter, phase, most)
+        if expert_ids and judged_before:
+            policy.touch(layer_idx, expert_ids, weights)
+        layer.end_request(expert_ids, len(lease.hits), len(lease.misses), phase)
+        if self._observer is not None:
+            self._observer.acquired(lease, expert_ids, weights, admit)
+        return lease
 
     def release(self, lease: Lease) -> None:
         """Let go of a lease's slots; again is harmless."""

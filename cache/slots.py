@@ -50,6 +50,11 @@ class LayerSlots:
         """Those whose bytes are there."""
         return [expert_idx for expert_idx, slot in enumerate(self.slot_of) if slot >= 0 and self.state[slot] is LOADED]
 
+    def is_loaded(self, expert_idx: int) -> bool:
+        """Whether the expert's bytes are there."""
+        slot = self.slot_of[expert_idx]
+        return slot >= 0 and self.state[slot] is LOADED
+
     def resident_by_slot(self) -> list[int]:
         """The expert whose bytes are in each slot, -1 for none; empty if there are no such."""
         experts = [e if state is LOADED else -1 for e, state in zip(self.expert_in, self.state, strict=True)]

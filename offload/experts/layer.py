@@ -12,8 +12,11 @@ from torch import nn
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.pair_outputs import ExpertFn, PairOutputs, compute_pairs, stretches
 from moe_offload.offload.experts.peers import Answers, Call
-from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.experts.residency import ComputeTogether, Residency
+from moe_offload.offload.experts.slot_experts import ABSENT, MOST_STEP_ROWS, SlotExperts, SlotRows, SlotStep
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
+from moe_offload.offload.graphs.recorder import RecordingError
+from moe_offload.offload.graphs.step_recording import StepRecording
 from moe_offload.quant.moe_layer import MoeStep
 
 _FIRST_ROW = torch.zeros(1, dtype=torch.long)
@@ -37,6 +40,7 @@ class _Pass(threading.local):
 
     prefill = False
     stopped: threading.Event | None = None
+    recording: StepRecording | None = None
 
 
 class StepState:
@@ -65,6 +69,20 @@ class StepState:
         finally:
             self._pass.stopped = None
 
+    @contextmanager
+    def recorded_by(self, recording: StepRecording) -> Iterator[None]:
+        """Within this, what this thread runs is recorded and not computed; experts are the recording's to call."""
+        self._pass.recording = recording
+        try:
+            yield
+        finally:
+            self._pass.recording = None
+
+    @property
+    def recording(self) -> StepRecording | None:
+        """What records this thread's pass."""
+        return self._pass.recording
+
     def check_stopped(self) -> None:
         """`StoppedError` if this thread is at a prompt and was stopped; a decode step is short and ends by itself.
 
@@ -85,6 +103,7 @@ class ExpertLayer:
         self.num_experts = num_experts
         self._residency = residency
         self._step = step
+        self._on_slots: tuple[MlpParts, SlotExperts | None] | None = None
 
     def for_each_expert(
         self,
@@ -96,6 +115,8 @@ class ExpertLayer:
         weights: Sequence[float] | None = None,
     ) -> None:
         """``put(expert, expert_fn(its weights, rows(expert)))`` once for each expert, in no particular order."""
+        if self._step.recording is not None:
+            raise RecordingError(f"the experts of layer {self.layer_idx} are called one by one")
         observer = self._residency.observer
         if observer is not None:
             observer.begin_layer(self.layer_idx, None, None)
@@ -196,6 +217,15 @@ class ExpertLayer:
                 "an offloaded model cannot be trained: its experts are overwritten before a backward pass would read "
                 "them; run it in torch.no_grad(), or train the model with transformers itself"
             )
+        if (recording := self._step.recording) is not None:
+            on_slots = self._slot_experts(parts)
+            return recording.experts(
+                self.layer_idx,
+                self.num_experts,
+                *(hidden_states, top_k_index, top_k_weights),
+                eager=partial(self._routed, hidden_states, top_k_index, top_k_weights, expert_fn, parts),
+                on_slots=None if on_slots is None else on_slots.compute,
+            )
         num_tokens, top_k = top_k_index.shape
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))
         if num_tokens <= chunk_tokens:
@@ -218,7 +248,10 @@ class ExpertLayer:
         observer = self._residency.observer
         if observer is not None:
             observer.begin_layer(self.layer_idx, top_k_index, top_k_weights)
-        if top_k_index.shape[0] != 1:
+        on_slots = self._slot_experts(parts)
+        if on_slots is not None:
+            result = self._routed_slots(on_slots, hidden_states, top_k_index, top_k_weights)
+        elif top_k_index.shape[0] != 1:
             result = self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
         elif parts is not None and MoeStep.takes(hidden_states):
             result = self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
@@ -227,6 +260,56 @@ class ExpertLayer:
         if observer is not None:
             observer.end_layer()
         return result
+
+    def _slot_experts(self, parts: MlpParts | None) -> SlotExperts | None:
+        """The layer's experts as kernels compute them that are told slots; None where there are none such."""
+        if parts is None or self._residency.peers is not None:
+            return None
+        if self._on_slots is None or self._on_slots[0] is not parts:
+            self._on_slots = parts, self._residency.slot_experts(self.layer_idx, parts)
+        return self._on_slots[1]
+
+    def _routed_slots(
+        self,
+        experts: SlotExperts,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """On a device: those that are there in one call, then those that have come meanwhile."""
+        num_tokens, top_k = top_k_index.shape
+        if num_tokens > MOST_STEP_ROWS:
+            return self._routed_slot_rows(experts, hidden_states, top_k_index, top_k_weights)
+        index, weights = _values(top_k_index.reshape(-1), top_k_weights.reshape(-1))
+        is_expert = [expert_idx < self.num_experts for expert_idx in index]
+        weight_of: dict[int, float] = {}
+        for expert_idx, weight, counts in zip(index, weights, is_expert, strict=True):
+            if counts:
+                weight_of[expert_idx] = weight_of.get(expert_idx, 0.0) + weight
+        ids = [expert_idx if counts else ABSENT for expert_idx, counts in zip(index, is_expert, strict=True)]
+        rows = [ids[begin : begin + top_k] for begin in range(0, len(ids), top_k)]
+        step = SlotStep(experts, hidden_states, rows, top_k_weights)
+        self._run_together(list(weight_of), step.compute, list(weight_of.values()))
+        return step.result
+
+    def _routed_slot_rows(
+        self,
+        experts: SlotExperts,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        order, ends_of, touched, weights = self._by_expert(top_k_index, top_k_weights)
+        is_partial = sum(map(len, touched.values())) < top_k_index.numel()
+        rows = SlotRows(experts, hidden_states, order, ends_of, is_partial=is_partial)
+        self._run_together(list(touched), rows.compute, weights)
+        return self._sum(rows.outputs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
+
+    def _run_together(self, expert_ids: Sequence[int], compute: ComputeTogether, weights: Sequence[float]) -> None:
+        prefill, issued = self._begin(expert_ids)
+        self._residency.run_together(
+            self.layer_idx, expert_ids, compute, weights=weights, prefill=prefill, issued=issued
+        )
 
     def _routed_packed(
         self,
@@ -333,17 +416,27 @@ class ExpertLayer:
         self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> tuple[dict[int, torch.Tensor], list[float]]:
         """Expert -> its pairs ``t * K + k``, the experts with the largest weights first, and those summed weights."""
+        order, _, touched, weights = self._by_expert(top_k_index, top_k_weights)
+        return {expert_idx: order[pairs.start : pairs.stop] for expert_idx, pairs in touched.items()}, weights
+
+    def _by_expert(
+        self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, range], list[float]]:
+        """Pairs ``t * K + k`` sorted by expert, where each expert's end there, and the same of those that have any.
+
+        The experts with the largest weights first; with those summed weights.
+        """
         # Sorted and searched, not counted: bincount would wait for the device, and sum in no fixed order there.
         sorted_index, order = torch.sort(top_k_index.reshape(-1), stable=True)
         experts = torch.arange(self.num_experts, device=order.device, dtype=sorted_index.dtype)
         ends_of = torch.searchsorted(sorted_index, experts, right=True)
         sums_of = top_k_weights.reshape(-1)[order].cumsum(0, dtype=torch.float64)
         ends, sums = _values(ends_of, nn.functional.pad(sums_of, (1, 0))[ends_of])
-        rows = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        pairs_of = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         totals = [after - before for before, after in zip([0.0, *sums], sums, strict=False)]
-        touched = [expert_idx for expert_idx, pairs in enumerate(rows) if pairs.start < pairs.stop]
+        touched = [expert_idx for expert_idx, pairs in enumerate(pairs_of) if pairs]
         touched.sort(key=lambda expert_idx: -totals[expert_idx])
-        return {e: order[rows[e]] for e in touched}, [totals[e] for e in touched]
+        return order, ends_of, {e: pairs_of[e] for e in touched}, [totals[e] for e in touched]
 
 
 def _values(index: torch.Tensor, weights: torch.Tensor) -> tuple[list[int], list[float]]:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from moe_offload.cache import Admit, ExpertCache, Lease
 from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
@@ -18,10 +19,20 @@ from moe_offload.offload.experts.forgotten import close_apart
 from moe_offload.offload.experts.guesses import Guesses
 from moe_offload.offload.experts.interrupts import InterruptShield
 from moe_offload.offload.experts.peers import Peers
+from moe_offload.offload.experts.slot_experts import SlotExperts
 from moe_offload.offload.experts.step_observer import StepObserver
-from moe_offload.offload.experts.weights import ExpertWeights
+from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 from moe_offload.offload.streaming.reader import ReadCancelledError, ReadObserver
 from moe_offload.offload.tiers.compute_tier import ComputeTier, Transfer
+from moe_offload.quant.slot_kernels import slot_kernels
+
+
+class SlotListener(Protocol):
+    """Told which bytes are in which slots, from any thread; see `graphs.slot_table`."""
+
+    def put(self, layer_idx: int, expert_idx: int, slot: int) -> None: ...
+    def clear(self, layer_idx: int, slot: int) -> None: ...
+
 
 Compute = Callable[[int, ExpertWeights], None]
 ComputeTogether = Callable[[Sequence[tuple[int, ExpertWeights]]], None]
@@ -45,6 +56,7 @@ class Residency:
         self.cache = cache
         self.observer: StepObserver | None = None
         self.peers: Peers | None = None
+        self.slot_listener: SlotListener | None = None
         self._tier = tier
         self._lock = threading.RLock()  # a transfer may be done before it has been begun
         self._loads: dict[tuple[int, int], _Load] = {}  # (layer_idx, expert_idx)
@@ -141,6 +153,40 @@ class Residency:
         """As `run`, with all experts that are there in one call, then those that have come meanwhile, and so on."""
         with InterruptShield() as shield:
             self._step(layer_idx, expert_ids, compute, True, weights, prefill, issued, shield)
+
+    def run_resident(
+        self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float], compute: Callable[[list[int]], None]
+    ) -> bool:
+        """Call ``compute`` with the slots of these experts if all are there; else False, and nothing has changed."""
+        with InterruptShield():
+            lease = self.cache.acquire_loaded(layer_idx, expert_ids, weights=weights)
+            if lease is None:
+                return False
+            slots = [hit.slot for hit in lease.hits]
+            try:
+                for slot in slots:
+                    self._tier.use(layer_idx, slot)
+                compute(slots)
+            except BaseException:
+                self._interrupted = True
+                raise
+            finally:
+                for slot in slots:
+                    self._tier.used(layer_idx, slot)
+                self.cache.release(lease)
+        return True
+
+    def slot_experts(self, layer_idx: int, parts: MlpParts) -> SlotExperts | None:
+        """A layer's experts as kernels on its device compute them; None where the CPU computes, or none can."""
+        slab = self._tier.slab(layer_idx)
+        mlp = None if slab is None else self._tier.layout(layer_idx).slot_mlp(parts)
+        if slab is None or mlp is None:
+            return None
+        return SlotExperts(mlp, slot_kernels(slab.device, mlp).kernels, slab)
+
+    def note_used(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float]) -> None:
+        """A decode step has found these experts in their slots by itself."""
+        self.cache.note_used(layer_idx, expert_ids, weights)
 
     def _step(
         self,
@@ -292,6 +338,8 @@ class Residency:
         with self._lock:
             self._loads[layer_idx, expert_idx] = load
             self._expert_in.pop((layer_idx, load.slot), None)
+            if self.slot_listener is not None:
+                self.slot_listener.clear(layer_idx, load.slot)
         return load
 
     def _transfer(self, layer_idx: int, expert_idx: int, load: _Load) -> None:
@@ -322,6 +370,8 @@ class Residency:
             self._loads.pop((layer_idx, expert_idx), None)
             if error is None:
                 self._expert_in[layer_idx, load.slot] = expert_idx
+                if self.slot_listener is not None:
+                    self.slot_listener.put(layer_idx, expert_idx, load.slot)
                 self.cache.mark_loaded(layer_idx, expert_idx)
                 self._num_warmed += load.warmed is not None
             else:

@@ -72,10 +72,11 @@ class PartLayout:
 class ExpertWeights:
     """The parameters of the expert in one slot. Valid while the slot is held."""
 
-    __slots__ = ("_mlp", "_parts")
+    __slots__ = ("_mlp", "_parts", "row", "slab")
 
-    def __init__(self, layout: PartLayout, data: torch.Tensor) -> None:
-        """``data``: ``uint8 [slot_bytes]``, viewed and not copied."""
+    def __init__(self, layout: PartLayout, data: torch.Tensor, slab: torch.Tensor | None = None, row: int = 0) -> None:
+        """``data``: ``uint8 [slot_bytes]``, viewed and not copied; a row of ``slab``, if kernels are told rows."""
+        self.slab, self.row = data.unsqueeze(0) if slab is None else slab, row
         self._parts = {
             name: [(piece.format, piece.shape, data[piece.begin : piece.end]) for piece in pieces]
             for name, pieces in layout.pieces.items()

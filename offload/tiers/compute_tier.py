@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from moe_offload.offload.experts.weights import ExpertWeights
+import torch
+
+from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.streaming.reader import ReadObserver
 
 Done = Callable[[BaseException | None], None]
@@ -41,6 +43,12 @@ class ComputeTier(Protocol):
 
     def expert_bytes(self, layer_idx: int) -> int:
         """The size of an expert of this layer."""
+
+    def layout(self, layer_idx: int) -> PartLayout:
+        """Where the parts of an expert of this layer lie in a slot."""
+
+    def slab(self, layer_idx: int) -> torch.Tensor | None:
+        """The layer's slots on a device, ``uint8 [slots, slot_bytes]``; None where the CPU computes."""
 
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """The expert in a slot whose transfer is done; kernels launched from now on see its bytes."""

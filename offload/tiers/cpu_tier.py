@@ -64,6 +64,14 @@ class CpuTier:
         """The size of an expert of this layer."""
         return self._slot_bytes[layer_idx]
 
+    def layout(self, layer_idx: int) -> PartLayout:
+        """Where the parts of an expert of this layer lie in a slot."""
+        return self._layouts[layer_idx]
+
+    def slab(self, layer_idx: int) -> torch.Tensor | None:
+        """None: slots change their memory with staging slots."""
+        return None
+
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """Views of the slot, made once."""
         slots, index = self._place(layer_idx, slot)

@@ -17,6 +17,7 @@ from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.device_slots import DeviceSlots
 from moe_offload.offload.tiers.host_tier import HostTier
 from moe_offload.offload.tiers.slot_copy import CopySchedule, SlotCopy
+from moe_offload.offload.tiers.slot_order import TierSlotOrder
 
 _log = getLogger(__name__)
 
@@ -107,7 +108,8 @@ class CudaTier:
         weights = self._weights.get((layer_idx, slot))
         if weights is None:
             # By (layer, slot) also for staging, whose slots take experts of any layer, on any device.
-            weights = ExpertWeights(self._layouts[layer_idx], self._slot(layer_idx, slot).data)
+            place = self._slot(layer_idx, slot)
+            weights = ExpertWeights(self._layouts[layer_idx], place.data, place.slab, place.row)
             self._weights[layer_idx, slot] = weights
         return weights
 
@@ -122,6 +124,14 @@ class CudaTier:
     def row(self, layer_idx: int, slot: int) -> int:
         """Where in the layer's slab a slot of the cache is."""
         return self._slot(layer_idx, slot).row
+
+    def layout(self, layer_idx: int) -> PartLayout:
+        """Where the parts of an expert of this layer lie in a slot."""
+        return self._layouts[layer_idx]
+
+    def slot_order(self) -> TierSlotOrder:
+        """For steps on the first device that find their experts' slots by themselves."""
+        return TierSlotOrder(self.queues[0], self._slot)
 
     def _slot(self, layer_idx: int, slot: int) -> DeviceSlot:
         return self._devices[self._device_of_layer[layer_idx]].slot(layer_idx, slot)

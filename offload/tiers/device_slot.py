@@ -14,7 +14,7 @@ class DeviceSlot:
 
     def __init__(self, queue: DeviceQueue, slab: torch.Tensor, row: int) -> None:
         """``slab``: ``uint8 [rows, slot_bytes]`` on the queue's device."""
-        self.row = row
+        self.slab, self.row = slab, row
         self.data = slab[row]
         self._queue = queue
         self._lock = threading.Lock()
@@ -62,6 +62,11 @@ class DeviceSlot:
             if event is None:
                 event = self._last_use[stream] = self._queue.new_event()
             self._queue.record(event)
+
+    def hold(self, until: Event) -> None:
+        """The next copy waits for the event too; of those given, for the last."""
+        with self._lock:
+            self._last_use["held"] = until
 
     def wait_until_unused(self) -> None:
         """Block this thread until no kernel reads the slot."""
