@@ -90,7 +90,7 @@ def full_cases() -> list[Case]:
 
 
 def trace_cases(folder: Path) -> list[Case]:
-    """Every trace in the folder with half of the experts resident: LRU against the default policy, prefetching against none."""
+    """Every trace, with half of the experts resident: LRU against the default policy, prefetch against none."""
     settings = cross(resident=[0.5], policies=["lru", "recall"], prefetch=["off", "auto"])
     cases = []
     for path in sorted(folder.glob("*.npz")):
