@@ -107,7 +107,8 @@ def plan(
     with quiet_libraries(console), console.status("Reading the shapes of the model") as status:
         from moe_offload.offload.forecast import GivenMachine, forecast, machine_of, open_shape
         from moe_offload.offload.forecast.forecast import FORMATS
-        from moe_offload.offload.home import home_dir
+        from moe_offload.offload.home import home_dir, packs_dir
+        from moe_offload.offload.pack.room import free_bytes
 
         silence_transformers()
         shape = open_shape(model, revision=revision)
@@ -126,4 +127,4 @@ def plan(
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        notes_console(stderr=False).print(forecast_view(found))
+        notes_console(stderr=False).print(forecast_view(found, free_bytes(packs_dir())))

@@ -21,8 +21,8 @@ _FOLDED = ("kept", "hits")  # on a narrow terminal
 _LIMITS = {"memory": "memory", "disk": "disk", "copy": "PCIe"}
 
 
-def forecast_view(found: "Forecast") -> RenderableType:
-    """The whole forecast."""
+def forecast_view(found: "Forecast", free_bytes: int) -> RenderableType:
+    """The whole forecast; ``free_bytes``: on the disk here that packs go to."""
     grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for title in _COLUMNS:
         grid.add_column(title, justify="left" if title in _LEFT else "right", no_wrap=title not in _FOLDED)
@@ -39,6 +39,10 @@ def forecast_view(found: "Forecast") -> RenderableType:
     parts.append(Text(found.recommendation.sentence, style="bold"))
     if found.recommendation.command is not None:
         parts.append(Text(found.recommendation.command, style="cyan"))
+    chosen = next((item for item in found.formats if item.format == found.recommendation.format), None)
+    if chosen is not None and chosen.packing_s is not None and chosen.pack_bytes > free_bytes:
+        note = f"the disk of the packs has {format_size(free_bytes)} free; MOE_OFFLOAD_HOME names a folder on another"
+        parts.append(Text(note, style="yellow"))
     return Group(*parts)
 
 

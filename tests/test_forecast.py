@@ -319,6 +319,21 @@ def test_the_command_writes_json(config_file):
     assert found["recommendation"]["command"].startswith("moe-offload chat ")
 
 
+def test_a_full_disk_is_said(config_file, monkeypatch):
+    asked = [str(config_file), "--ram", "1GiB", "--format", "nf4", *RATES]
+    assert "free; MOE_OFFLOAD_HOME" not in plan(*asked).out
+    monkeypatch.setattr("moe_offload.offload.pack.room.free_bytes", lambda folder: 1 << 10)
+    assert "the disk of the packs has 1.0 KiB free; MOE_OFFLOAD_HOME" in plan(*asked).out
+
+
+def test_a_model_that_cannot_be_loaded_has_no_command():
+    machine = replace(LAPTOP, ram_bytes=64 * GIB)
+    found = forecast(open_shape("kimi-k2"), machine, formats=("nf3",))
+    assert found.recommendation.format == "nf3"
+    assert found.recommendation.command is None
+    assert "code of its own" in found.recommendation.sentence
+
+
 @pytest.mark.parametrize("rate", ["fast", "50%", "auto", "-1GB/s"])
 def test_a_rate_is_bytes_a_second(config_file, rate):
     answer = plan(str(config_file), f"--disk={rate}")

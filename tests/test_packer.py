@@ -29,7 +29,7 @@ from moe_offload.errors import (
 )
 from moe_offload.offload.dense_linears import PackedLinear
 from moe_offload.offload.experts.warm_start import HOT_SET_NAME
-from moe_offload.offload.pack import packer
+from moe_offload.offload.pack import packer, room
 from moe_offload.offload.pack.manifest import is_pack, read_manifest
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.pack.writer import LayerWriter
@@ -131,7 +131,7 @@ def test_a_bad_format_is_refused_before_anything_is_read(tmp_path):
 _KILLED_WHILE_PACKING = """
 import os, signal, sys
 from pathlib import Path
-from moe_offload.offload.pack import packer
+from moe_offload.offload.pack import packer, room
 from moe_offload.offload.pack import writer as pack_writer
 
 last_layer = int(sys.argv[3])
@@ -218,6 +218,31 @@ def test_a_full_disk_ends_in_an_error_and_no_pack(after_bytes, checkpoint, tmp_p
         read_manifest(pack)
     pack_model(str(checkpoint), pack)  # there is room now
     assert tree(pack) == tree(pack_model(str(checkpoint), tmp_path / "fresh"))
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_read(checkpoint, tmp_path, monkeypatch):
+    whole = pack_model(str(checkpoint), tmp_path / "whole", format="int8")
+    size_bytes = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
+    asked: list[Any] = []
+
+    def attempt(room_bytes: int) -> Path:
+        monkeypatch.setattr(room, "free_bytes", lambda folder: asked.append(folder) or room_bytes)
+        return pack_model(str(checkpoint), tmp_path / "pack", format="int8")
+
+    monkeypatch.setattr(packer, "_pack", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(DiskFullError, match=r"the pack needs .* of disk, .* has 50\.0 KiB free.*MOE_OFFLOAD_HOME"):
+        attempt(50 << 10)
+    assert asked == [tmp_path / "pack"]
+    assert not (tmp_path / "pack").exists()
+    monkeypatch.undo()
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "experts-00000.safetensors").write_bytes(bytes(size_bytes))  # what is there needs no room
+    with pytest.raises(ConfigError, match="pack"):  # a folder of somebody else's, which is met after the room
+        attempt(0)
+
+
+def test_the_room_of_a_folder_that_is_not_there_is_that_of_the_one_above(tmp_path):
+    assert 0 < room.free_bytes(tmp_path / "a" / "b") <= shutil.disk_usage(tmp_path).free
 
 
 # -- checkpoints that are not right --

@@ -109,7 +109,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The format that a model is best known in; the others are published in bf16.
 PUBLISHED_FORMATS = {"gpt-oss-20b": "mxfp4", "gpt-oss-120b": "mxfp4", "deepseek-v3": "fp8", "kimi-k2": "fp8"}
-# Where they are from; transformers has no class of its own for Kimi-K2, whose shape is DeepSeek-V3's.
+# Where they are from.
 HUB_IDS = {
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-v0.1",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
@@ -124,6 +124,8 @@ HUB_IDS = {
     "kimi-k2": "moonshotai/Kimi-K2-Instruct",
     "switch-c-2048": "google/switch-c-2048",
 }
+# Published with code of their own, which is not run: they can be planned and measured by their shapes, not loaded.
+CUSTOM_CODE = {"kimi-k2"}
 DEFAULT_FORMAT = "nf4"
 # Under which names configurations hold these numbers.
 _OVERRIDES = {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from moe_offload.offload.bench.presets import HUB_IDS
+from moe_offload.offload.bench.presets import CUSTOM_CODE, HUB_IDS
 from moe_offload.offload.forecast.machine import Machine
 from moe_offload.offload.forecast.model_shape import SOURCE, ModelShape, PackedShape
 from moe_offload.offload.planning.sizes import format_size
@@ -22,7 +22,7 @@ _MIB = 1024**2
 
 @dataclass(frozen=True)
 class Recommendation:
-    """``format`` and ``command`` are None where nothing fits."""
+    """``format`` and ``command`` are None where nothing fits; a model that cannot be loaded has no command."""
 
     format: str | None
     sentence: str
@@ -42,7 +42,7 @@ def recommend(
         return _nothing_fits(shape, formats, machine)
     best = _choose(fitting, shape)
     assert best.speed is not None
-    command = _command(shape, best, machine, context_tokens)
+    command = None if shape.name in CUSTOM_CODE else _command(shape, best, machine, context_tokens)
     speed = best.speed.decode.tokens_per_s
     if best.speed.plan.resident_share >= 1:
         place = f"all experts stay in {'RAM' if machine.device == 'cpu' else 'VRAM'}"
@@ -57,6 +57,8 @@ def recommend(
     )
     if isinstance(shape, ModelShape):
         sentence += f"; the pack takes {format_size(best.pack_bytes)} of disk"
+    if command is None:
+        sentence += ". That is its shape: it is published with code of its own, which moe-offload does not run"
     return Recommendation(best.format, sentence + ".", command)
 
 

@@ -26,6 +26,7 @@ from moe_offload.offload.home import packs_dir
 from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, read_manifest
 from moe_offload.offload.pack.mixed import MIXED, canonical, mixed_bits, weight_formats
 from moe_offload.offload.pack.outline import PackOutline, outline_pack
+from moe_offload.offload.pack.room import check_room
 from moe_offload.offload.pack.writer import PackWriter
 from moe_offload.offload.planning.memory import give_freed_memory_back
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
@@ -267,7 +268,8 @@ def pack_model(
     Resumes a pack that was interrupted with the same settings, and leaves one that is finished as it is. Returns the
     folder of the pack. ``name`` is what the pack calls its source, by default the hub id or the folder's path.
     ``check`` may refuse the pack to come, by raising, before weights are downloaded or read; it is not asked where the
-    sizes are not known by then, in a quantised checkpoint that keeps its bits.
+    sizes are not known by then, in a quantised checkpoint that keeps its bits. A disk without room for the pack is
+    refused then too, except with the format ``source``.
     Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
     """
     _check_formats(format, dense_format)
@@ -280,8 +282,12 @@ def pack_model(
         return folder
     plan = plan_packing(source.name, source.config_folder, source.shards)
     formats = weight_formats(plan.containers, expert_format)
-    if check is not None and not (source.is_quantized and expert_format == SOURCE):
-        check(outline_pack(plan, expert_format, dense_format, SOURCE))
+    if not (source.is_quantized and expert_format == SOURCE):
+        outline = outline_pack(plan, expert_format, dense_format, SOURCE)
+        if check is not None:
+            check(outline)
+        if expert_format != SOURCE:  # else the checkpoint's dtypes decide, which may not be the model's
+            check_room(folder, outline)
     name = name or source.name
     identity = {
         "source": name,
