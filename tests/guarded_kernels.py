@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_offload.quant import get_format, kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.blocked import BlockedFormat
+from moe_offload.quant.delta_net import DeltaNetCall, DeltaNetWeights
 from moe_offload.quant.latent_step import LatentAttentionCall, LatentAttentionWeights, Rotary
 from moe_offload.quant.moe_layer import MoeStep, PackedMlp, PackedPart
 from moe_offload.quant.step import AttentionCall, AttentionWeights, LinearCall, NormCall
@@ -169,6 +170,32 @@ def latent_attention(spec: str, dtype: torch.dtype, *, at_end: bool) -> None:
         call(random(1, 1, hidden), *tables, *(random(1, 1, capacity, width) for width in states), capacity - 1)
 
 
+def delta_net(dtype: torch.dtype, *, at_end: bool) -> None:
+    """A token of both orders of projections."""
+
+    def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return guarded(torch.randn(shape).to(of), at_end=at_end)
+
+    hidden, key_heads, value_heads = 100, 2, 6
+    for key_dim, value_dim in ((16, 32), (9, 21)):
+        print("delta net", dtype, key_dim, flush=True)
+        channels, values = 2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim
+        for grouped in (True, False):
+            rows = (
+                (channels + values, 0, 2 * value_heads, 0) if grouped else (channels, values, value_heads, value_heads)
+            )
+            mixed, gate, beta, decay = (RawWeight(random(count, hidden)) if count else None for count in rows)
+            assert mixed is not None
+            assert beta is not None
+            weights = DeltaNetWeights(
+                *(mixed, gate, beta, decay, RawWeight(random(hidden, values))),
+                *(Norm(random(value_dim), 1e-6, True), random(channels, 4), random(value_heads), random(value_heads)),
+                *(key_heads, value_heads, key_dim, value_dim),
+            )
+            state = random(1, value_heads, key_dim, value_dim, of=torch.float32)
+            DeltaNetCall(weights, dtype)(random(1, 1, hidden), random(1, channels, 4), state)
+
+
 def overrun() -> None:
     """What must not survive: a weight that is shorter than its layout says."""
     fmt, shape = get_format("int8"), (7, 192)
@@ -190,6 +217,7 @@ def main() -> None:
             dense(at_end=at_end)
             for dtype in DTYPES:
                 attention(dtype, at_end=at_end)
+                delta_net(dtype, at_end=at_end)
                 for spec in ("bf16", "nf4", "nf3", "int8", "fp8"):
                     latent_attention(spec, dtype, at_end=at_end)
             _held.clear()

@@ -47,7 +47,7 @@ class FusedAttention(AttentionForward):
         **kwargs: Any,
     ) -> Any:
         """As the module's own: the result, and the attention weights or None."""
-        if self._may_run(hidden_states, kwargs) and self._are_tables(position_embeddings):
+        if self._may_attend(hidden_states, kwargs) and self._are_tables(position_embeddings):
             layer = growing_layer(past_key_values, self._module.layer_idx)
             if layer is not None and layer.keys.dtype is self._dtype and self._masks.hides_nothing(attention_mask):
                 room = room_of(layer)

@@ -1,4 +1,4 @@
-"""What the fast forwards of attention modules share: when one may run, and what tells modules apart."""
+"""What the fast forwards of a token's mixing layers share: when one may run, and what tells modules apart."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -32,8 +32,8 @@ class SeenMasks:
         return answer
 
 
-class AttentionForward(FusedForward):
-    """The forward of an attention module whose children are ``names``; ``width`` numbers are a token's."""
+class ModuleStep(FusedForward):
+    """The forward of a module with children ``names`` that takes a token of ``width`` numbers in one call."""
 
     def __init__(self, module: Any, names: tuple[str, ...], width: int, dtype: torch.dtype) -> None:
         super().__init__(module)
@@ -43,7 +43,7 @@ class AttentionForward(FusedForward):
         found = [part for _, part in self._parts if part is not None]
         self._hooks = [hooks for part in found for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
-    def _may_run(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    def _may_run(self, hidden_states: torch.Tensor) -> bool:
         """Whether this is one plain token, and nobody wants what happens inside."""
         module = self._module
         return (
@@ -51,11 +51,22 @@ class AttentionForward(FusedForward):
             and hidden_states.dim() == 3
             and is_plain(hidden_states, self._dtype)
             and not module.training
-            and not kwargs.get("output_attentions")
-            and not (module._forward_hooks and module.config._attn_implementation == "eager")
             and not any(self._hooks)
             and all(module._modules.get(name) is part for name, part in self._parts)
             and self._memory.is_unchanged()
+        )
+
+
+class AttentionForward(ModuleStep):
+    """The forward of an attention module."""
+
+    def _may_attend(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether it may run, and nobody wants the attention weights."""
+        module = self._module
+        return (
+            self._may_run(hidden_states)
+            and not kwargs.get("output_attentions")
+            and not (module._forward_hooks and module.config._attn_implementation == "eager")
         )
 
 

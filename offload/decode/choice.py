@@ -7,6 +7,7 @@ from torch import nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.decode.attention import fuse_attention
+from moe_offload.offload.decode.delta_net import fuse_delta_nets
 from moe_offload.offload.decode.latent_attention import fuse_latent_attention
 from moe_offload.offload.decode.linears import fuse_linears
 from moe_offload.offload.decode.norms import fuse_norms
@@ -35,4 +36,5 @@ def fuse_decode_step(model: nn.Module, device: torch.device) -> None:
     fuse_routers(model)
     fuse_attention(model)
     fuse_latent_attention(model)
+    fuse_delta_nets(model)
     StepForward(model)

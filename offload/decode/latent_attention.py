@@ -41,7 +41,7 @@ class FusedLatentAttention(AttentionForward):
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the module's own: the result, and the attention weights or None."""
-        if not args and self._may_run(hidden_states, kwargs):
+        if not args and self._may_attend(hidden_states, kwargs):
             tables = self._tables(kwargs.get("position_embeddings"))
             layer = growing_layer(kwargs.get("past_key_values"), self._module.layer_idx)
             if (

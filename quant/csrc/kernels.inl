@@ -11,8 +11,16 @@ inline void linear_nf3_rows(const PackedWeight&, const PreparedInput&, int64_t r
 #include "linear.inl"
 #include "nf3.inl"
 #include "nf3_linear.inl"
-#include "step.inl"
 #include "activation.inl"
+#include "step.inl"
+#include "latent_attention.inl"
+#include "delta_net.inl"
+
+inline const StepKernels& step_kernels() {
+    static const StepKernels kernels = {raw_rows,       rms_norm, attend,     add_rows,
+                                        attend_latents, convolve, delta_rule, gated_norm};
+    return kernels;
+}
 
 inline const KernelSet& kernel_set(const char* name) {
     static const KernelSet kernels = {name,    quantize_rows, dequantize_region, prepared_bytes,

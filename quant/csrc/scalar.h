@@ -77,6 +77,20 @@ static ALWAYS_INLINE void store_from_float(void* data, int32_t dtype, int64_t in
     }
 }
 
+// `value` as `dtype` holds it.
+static ALWAYS_INLINE float rounded(float value, int32_t dtype) {
+    if (dtype == DTYPE_F32) return value;
+    return dtype == DTYPE_BF16 ? bf16_to_float(float_to_bf16(value)) : f16_to_float(float_to_f16(value));
+}
+
+static ALWAYS_INLINE void round_row(float* row, int64_t count, int32_t dtype) {
+    if (dtype == DTYPE_BF16) {
+        for (int64_t i = 0; i < count; i++) row[i] = bf16_to_float(float_to_bf16(row[i]));
+    } else if (dtype == DTYPE_F16) {
+        for (int64_t i = 0; i < count; i++) row[i] = f16_to_float(float_to_f16(row[i]));
+    }
+}
+
 static ALWAYS_INLINE float scale_at(const PackedWeight& weight, int64_t index) {
     if (weight.scale_type == SCALE_F16) return f16_to_float(static_cast<const uint16_t*>(weight.scales)[index]);
     if (weight.scale_type == SCALE_F32) return static_cast<const float*>(weight.scales)[index];

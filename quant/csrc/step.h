@@ -2,33 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "delta_net.h"
 #include "packed.h"
-
-// A weight [rows, cols] kept in a float dtype, its rows one after the other.
-struct RawWeight {
-    const void* data;
-    int64_t rows;
-    int64_t cols;
-    int32_t dtype;
-};
-
-// A linear layer: `raw` where its data is not null, else `packed`. The bias may be null.
-struct Projection {
-    PackedWeight packed;
-    RawWeight raw;
-    const void* bias;
-    int32_t bias_dtype;
-};
-
-// x / rms(x) * weight over rows of `width`. `rounds_first`: to the dtype of x before the weight, as Llama does, and not
-// only after it.
-struct RmsNorm {
-    const void* weight;  // null: no norm
-    int64_t width;
-    float epsilon;
-    int32_t weight_dtype;
-    int32_t rounds_first;
-};
+#include "projection.h"
 
 // One attention module. Keys and values of a head lie one after the other, [num_kv_heads, capacity, head_dim].
 struct Attention {
@@ -83,4 +59,12 @@ struct StepKernels {
     // [num_heads, count]; out [num_heads, rank]: latents weighted by each head's attention.
     void (*attend_latents)(const LatentAttention&, int64_t num_heads, const LatentQuery&, const void* latents,
                            const void* keys, int64_t count, float* scores, float* out);
+    // Channels [begin, end) of out [channels] = silu(the convolution of the last tokens), which `x` [channels] becomes
+    // one of in `state` [channels, kernel_size].
+    void (*convolve)(const DeltaNet&, const float* x, int64_t begin, int64_t end, void* state, float* out);
+    // One value head: `state` [key_dim, value_dim] forgets, learns `value` for `key`, and answers `query` in `out`.
+    void (*delta_rule)(const DeltaNet&, const float* query, const float* key, const float* value, float decay,
+                       float beta, float* state, float* out);
+    // x [count] = a norm of x, times silu(gate), rounded where a module rounds
+    void (*gated_norm)(const DeltaNet&, const float* gate, float* x);
 };

@@ -193,10 +193,3 @@ inline void attend(const Attention& a, int64_t kv_head, const float* query, cons
         });
     });
 }
-
-#include "latent_attention.inl"
-
-inline const StepKernels& step_kernels() {
-    static const StepKernels kernels = {raw_rows, rms_norm, attend, add_rows, attend_latents};
-    return kernels;
-}

@@ -12,20 +12,6 @@ constexpr int kOutOfMemory = -1;
 
 const StepKernels& step_kernels_of(int isa);
 
-// `value` as `dtype` holds it
-inline float rounded(float value, int32_t dtype) {
-    if (dtype == DTYPE_F32) return value;
-    return dtype == DTYPE_BF16 ? bf16_to_float(float_to_bf16(value)) : f16_to_float(float_to_f16(value));
-}
-
-inline void round_row(float* row, int64_t count, int32_t dtype) {
-    if (dtype == DTYPE_BF16) {
-        for (int64_t i = 0; i < count; i++) row[i] = bf16_to_float(float_to_bf16(row[i]));
-    } else if (dtype == DTYPE_F16) {
-        for (int64_t i = 0; i < count; i++) row[i] = f16_to_float(float_to_f16(row[i]));
-    }
-}
-
 // `count` numbers from the `start`th of `from`, or to that of `to`.
 void load_row(const void* from, int32_t dtype, int64_t start, int64_t count, float* to);
 void store_row(const float* from, int64_t count, void* to, int32_t dtype, int64_t start);

@@ -1,0 +1,31 @@
+// The weights of a module that a decode step computes: linear layers and norms.
+#pragma once
+#include <cstdint>
+
+#include "packed.h"
+
+// A weight [rows, cols] kept in a float dtype, its rows one after the other.
+struct RawWeight {
+    const void* data;
+    int64_t rows;
+    int64_t cols;
+    int32_t dtype;
+};
+
+// A linear layer: `raw` where its data is not null, else `packed`. The bias may be null.
+struct Projection {
+    PackedWeight packed;
+    RawWeight raw;
+    const void* bias;
+    int32_t bias_dtype;
+};
+
+// x / rms(x) * weight over rows of `width`. `rounds_first`: to the dtype of x before the weight, as Llama does, and not
+// only after it.
+struct RmsNorm {
+    const void* weight;  // null: no norm
+    int64_t width;
+    float epsilon;
+    int32_t weight_dtype;
+    int32_t rounds_first;
+};
