@@ -19,6 +19,7 @@ class Reading(NamedTuple):
     bytes_copied: int
     stall_s: float
     num_warmed: int
+    computed_on_cpu: int
     lookahead: LookaheadCounts
 
 
@@ -40,6 +41,7 @@ class Meter:
             bytes_copied=residency.bytes_copied,
             stall_s=residency.stall_s,
             num_warmed=residency.num_warmed,
+            computed_on_cpu=residency.computed_on_cpu,
             lookahead=self._lookahead.counts,
         )
 
@@ -68,5 +70,6 @@ class Meter:
             prefetch_wasted_bytes=later.prefetch_wasted_bytes - earlier.prefetch_wasted_bytes,
             prefetch_recall=(later.lookahead - earlier.lookahead).recall,
             warmed=later.num_warmed - earlier.num_warmed,
+            computed_on_cpu=later.computed_on_cpu - earlier.computed_on_cpu,
             **times,
         )

@@ -16,6 +16,7 @@ from moe_offload.cache.trace_writer import TraceWriter, kept_if_used
 from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
+from moe_offload.offload.experts.miss_path import check_miss_path
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
@@ -90,6 +91,7 @@ class OffloadedModel:
         *,
         policy: str,
         prefetch: str | int,
+        miss_path: str,
         top_k: int,
         hot_set: HotSetFile | None = None,
         trace: TraceWriter | None = None,
@@ -102,13 +104,15 @@ class OffloadedModel:
         modules = [layer.module for layer in manifest.layers]
         lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
         loaded.step.predictor = lookahead
-        clock, turn = StepClock(self.model, loaded.step, loaded.residency.cache), Turn()
+        clock, turn = StepClock(self.model, lambda: loaded.step.prefill, loaded.residency.cache), Turn()
+        if plan.device != "cpu":
+            loaded.residency.take_miss_path(miss_path, clock, turn)
         PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, clock, turn)
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set
         self._loaded = loaded
-        self._settings = {"policy": policy, "prefetch": str(prefetch)}
+        self._settings = {"policy": policy, "prefetch": str(prefetch), "miss_path": miss_path}
         self._recording = None if trace is None else self._record(trace, tokens=trace_tokens)
         if hot_set is not None:
             WarmStart(loaded.residency, hot_set.load())
@@ -135,6 +139,7 @@ class OffloadedModel:
         context_tokens: int = 4096,
         policy: str = DEFAULT_POLICY,
         prefetch: str | int = "auto",
+        miss_path: str = "copy",
         warm_start: bool = True,
         verify: str = "first",
         revision: str | None = None,
@@ -150,10 +155,12 @@ class OffloadedModel:
         ``vram`` and ``ram`` bound what is allocated there: bytes, "6GiB", "80%" or "auto" (what is free, less a
         margin). ``format`` (also ``mixed:3.5``) and ``dense_format`` say how a checkpoint is packed; a pack has its
         own. ``prefetch`` is "off", "auto" or the number of layers to look ahead; it never changes the result, and
-        neither do budgets and policies. ``warm_start``: keep in a small file beside the pack which experts were hot
-        when the model was closed, and read those first, in the background. ``verify``: check an expert's checksum on
-        its "first" read, "always" or "off". ``trace``: a file (``.npz``) to record routing, cache and times to until
-        the model is closed, with the ids of tokens only where ``trace_tokens``; see `tracing`.
+        neither do budgets and policies. ``miss_path`` says where a GPU's misses are computed: "copy" (there, lossless),
+        "cpu" (by the CPU, from RAM), "split" (some here, some there) or "auto" (the fastest of these, by trials in the
+        run); all but the first are exact to rounding. ``warm_start``: keep in a small file beside the pack which
+        experts were hot when the model was closed, and read those first, in the background. ``verify``: check an
+        expert's checksum on its "first" read, "always" or "off". ``trace``: a file (``.npz``) to record routing, cache
+        and times to until the model is closed, with the ids of tokens only where ``trace_tokens``; see `tracing`.
 
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.
@@ -171,7 +178,7 @@ class OffloadedModel:
         folder = _folder(model)
 
         def plan_for(pack: PackShape, config: Any, dense_bytes: int, torch_dtype: torch.dtype) -> Plan:
-            return make_plan(
+            plan = make_plan(
                 pack,
                 config,
                 device=torch_device.type,  # type: ignore[arg-type]
@@ -183,6 +190,8 @@ class OffloadedModel:
                 prefetch_depth=depth,
                 resident_dense_bytes=dense_bytes,
             )
+            check_miss_path(miss_path, plan.device)
+            return plan
 
         def check_budget(outline: PackOutline) -> None:
             torch_dtype = _dtype(dtype, outline.config)
@@ -240,6 +249,7 @@ class OffloadedModel:
                 manifest,
                 policy=policy,
                 prefetch=prefetch,
+                miss_path=miss_path,
                 top_k=top_k,
                 hot_set=hot_set,
                 trace=writer,

@@ -10,7 +10,8 @@ class RunReport:
 
     ``stall_s`` is the time in which nothing was computed because an expert was awaited. Of the experts prefetched,
     those used were hits, some of which were waited for (late); those wasted left unused, some of them cut off halfway.
-    ``warmed`` experts were read back by a warm start.
+    ``warmed`` experts were read back by a warm start. Of the misses, so many as ``computed_on_cpu`` were computed from
+    host memory, and not copied to the GPU for it.
     """
 
     prompt_tokens: int = 0
@@ -30,6 +31,7 @@ class RunReport:
     prefetch_wasted_bytes: int = 0
     prefetch_recall: float = 0.0
     warmed: int = 0
+    computed_on_cpu: int = 0
 
     @property
     def tokens_per_s(self) -> float:

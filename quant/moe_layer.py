@@ -105,6 +105,13 @@ def _described(part: PackedPart) -> kernels.PackedWeight:
     return kernels.packed_weight(packed, weight_format.layout(shape), weight_format.code)
 
 
+def expert_outputs(activation: Activation, x: Tensor, experts: Sequence[PackedMlp], outputs: Tensor) -> None:
+    """Each expert's output for a token ``x [1, H]``, by one call into the rows of ``outputs``, fp32 ``[n, H]``."""
+    tasks = [value for row, mlp in enumerate(experts) for value in (mlp.address, row)]
+    x = x if x.is_contiguous() else x.contiguous()
+    kernels.moe_layer(activation.struct, x, tasks, outputs, [], [], outputs)
+
+
 class MoeStep:
     """One token's way through the experts of a layer, some of them at a time as their weights arrive.
 

@@ -74,6 +74,7 @@ class FakeDevice:
         self.current = "compute"
         self.hazards: list[str] = []
         self.num_copies = 0
+        self.copy_s_per_byte = 0.0
         self.fail_copies = 0
         self.closed = False
         self.eager = eager
@@ -106,6 +107,22 @@ class FakeDevice:
             self._enqueue("copy", self._copying(source, target, self._enter("a copy", source, writes=False)))
             self._record(event, "copy")
             self.num_copies += 1
+
+    def to_host(self, source: torch.Tensor, target: torch.Tensor, *, event: FakeEvent) -> None:
+        self._move(source, target, event, "rows to the host")
+
+    def to_device(self, source: torch.Tensor, target: torch.Tensor, *, event: FakeEvent) -> None:
+        self._move(source, target, event, "rows to the device")
+
+    def _move(self, source: torch.Tensor, target: torch.Tensor, event: FakeEvent, who: str) -> None:
+        assert source.shape == target.shape
+        assert source.dtype == target.dtype
+        if self.eager:
+            target.copy_(source)
+        else:
+            with self._lock:
+                self._enqueue(self.current, self._moving(source, target, who))
+        self.record(event)
 
     def stream(self) -> str:
         return self.current
@@ -143,6 +160,16 @@ class FakeDevice:
         """Launch something that reads ``data`` for a while and calls ``check`` when it begins and when it ends."""
         with self._lock:
             self._enqueue(self.current, self._computing(data, check))
+
+    def cpu_reads(self, data: torch.Tensor, check: Callable[[str], None]) -> None:
+        """This thread reads ``data`` for a while, and the device gets on meanwhile."""
+        with self._lock:
+            reading = self._enter("the CPU", data, writes=False)
+        check("begin")
+        self.drift()
+        check("end")
+        with self._lock:
+            self._leave(reading)
 
     def disk_writes(self, data: torch.Tensor) -> None:
         """The disk is about to write there."""
@@ -241,6 +268,14 @@ class FakeDevice:
         target[half:] = source[half:]
         self._leave(writing)
         self._leave(reading)
+
+    def _moving(self, source: torch.Tensor, target: torch.Tensor, who: str) -> Iterator[None]:
+        accesses = [self._enter(who, source, writes=False), self._enter(who, target, writes=True)]
+        target.view(torch.uint8).fill_(RUBBISH)
+        yield None
+        target.copy_(source)
+        for access in accesses:
+            self._leave(access)
 
     def _computing(self, data: torch.Tensor, check: Callable[[str], None]) -> Iterator[None]:
         reading = self._enter("a kernel", data, writes=False)

@@ -3,7 +3,7 @@
 import queue
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +42,35 @@ def make_manifest(num_experts: Sequence[int], num_pages: Sequence[int]) -> PackM
 def bytes_of(weights: ExpertWeights) -> torch.Tensor:
     """The slot itself, to look at later."""
     return weights.tensor("weight", torch.bfloat16).view(torch.uint8)
+
+
+class CpuBeside:
+    """Stands in for a `MissPath` and for its `HostStep`s: any number of misses is for the CPU, which checks them."""
+
+    def __init__(self, world: "World", layer_idx: int) -> None:
+        self.world, self.layer_idx = world, layer_idx
+        self.order: list[int] = []
+        self.breaks = False
+
+    def num_copied(self, layer_idx: int, num_missing: int) -> int:
+        return self.world.random.choice([0, self.world.random.randint(0, num_missing)])
+
+    def computed(self, layer_idx: int, num_experts: int, seconds: float) -> None:
+        assert (layer_idx, num_experts, seconds) == (self.layer_idx, self.num_experts, 0.25)
+
+    def compute(self, experts: Sequence[tuple[int, ExpertWeights]]) -> float:
+        self.num_experts = len(experts)
+        for expert_idx, weights in experts:
+            self.order.append(expert_idx)
+            data = bytes_of(weights)
+            self.world.device.cpu_reads(data, self.world.checked(self.layer_idx, expert_idx, data, "on the CPU"))
+            self.world.drift()
+            if self.breaks:
+                raise MemoryError
+        return 0.25
+
+    def close(self) -> None:
+        pass
 
 
 class World:
@@ -127,14 +156,18 @@ class World:
     def launch(self, layer_idx: int, expert_idx: int, weights: ExpertWeights) -> None:
         """A kernel that wants exactly this expert's bytes."""
         data = bytes_of(weights)
+        self.device.kernel(data, self.checked(layer_idx, expert_idx, data, "in a kernel"))
+
+    def checked(self, layer_idx: int, expert_idx: int, data: torch.Tensor, where: str) -> Callable[[str], None]:
+        """What compares ``data`` with the expert's bytes."""
         expected = torch.frombuffer(bytearray(self.blobs[layer_idx, expert_idx]), dtype=torch.uint8)
 
         def check(when: str) -> None:
             self.num_checked += 1
             if not torch.equal(data, expected):
-                self.wrong.append(f"expert {expert_idx} of layer {layer_idx} at the kernel's {when}")
+                self.wrong.append(f"expert {expert_idx} of layer {layer_idx} {where}, at its {when}")
 
-        self.device.kernel(data, check)
+        return check
 
     def run(self, layer_idx: int, expert_ids: Sequence[int], **kwargs: Any) -> list[int]:
         """A step that launches one kernel for each expert; the order in which it did."""

@@ -1,29 +1,23 @@
 """Whole models on the CUDA path, with a fake device in place of the GPU and everything else as it is."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_cuda_model import Load, loading_on_fake_devices, tier_of
 from fake_device import FakeDevice
 from families import make_config
 from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_model
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
-from moe_offload.offload import model as model_module
 from moe_offload.offload.experts import layer as expert_layer
 from moe_offload.offload.pack.packer import pack_model
-from moe_offload.offload.planning.plan import Plan, make_plan
-from moe_offload.offload.tiers import choice as tiers
-from moe_offload.offload.tiers.cuda_tier import CudaTier
 
 FAMILIES = ["mixtral", "gpt_oss", "nllb_moe"]
-Load = Callable[..., OffloadedModel]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -35,37 +29,8 @@ def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """Loads as ``device="cuda"`` would, with so many bytes of VRAM and RAM for experts beyond the smallest budgets."""
-    with ExitStack() as stack:
-
-        def plan(*args: Any, slots_bytes: int, host_bytes: int, **kwargs: Any) -> Plan:
-            settings = kwargs | {"device": "cuda"}
-            with pytest.raises(BudgetError) as vram:
-                make_plan(*args, **settings | {"vram_bytes": 1, "ram_bytes": 1 << 40})
-            settings["vram_bytes"] = vram.value.needed_bytes + slots_bytes
-            with pytest.raises(BudgetError) as ram:
-                make_plan(*args, **settings | {"ram_bytes": 1})
-            return make_plan(*args, **settings | {"ram_bytes": ram.value.needed_bytes + host_bytes})
-
-        def load(pack: Path, *, slots_bytes: int, host_bytes: int, seed: int = 0, **kwargs: Any) -> OffloadedModel:
-            def queue(device: torch.device) -> FakeDevice:
-                fake = FakeDevice(seed, eager=True)
-                fake.run_in_background()
-                return fake
-
-            with monkeypatch.context() as patch:
-                patch.setattr(model_module, "make_plan", partial(plan, slots_bytes=slots_bytes, host_bytes=host_bytes))
-                patch.setattr(tiers, "CudaQueue", queue)
-                settings = {"device": "cpu", "dtype": "float32", "context_tokens": CONTEXT_TOKENS}
-                return stack.enter_context(OffloadedModel.from_pretrained(pack, **settings | kwargs))
-
+    with loading_on_fake_devices(monkeypatch) as load:
         yield load
-
-
-def tier_of(model: OffloadedModel) -> CudaTier:
-    tier = model._residency._tier
-    assert isinstance(tier, CudaTier)
-    return tier
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 from fake_device import FakePageLock
-from fake_world import PAGE, World
+from fake_world import PAGE, CpuBeside, World
 
 from moe_offload.errors import ExpertReadError
+from moe_offload.offload.tiers.compute_tier import LentExpert
+from moe_offload.offload.tiers.cuda_tier import CudaTier
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.host_slots import HostSlots
 from moe_offload.offload.tiers.staging_ring import StagingRing
 
 SEEDS_PER_TEST = 50
+_lend = CudaTier.lend
 
 
 def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> World:
@@ -41,11 +44,15 @@ class InterruptedStepError(Exception):
     """The model's own code failed in the middle of an expert."""
 
 
-def random_step(world: World, num_experts: int, layer_idx: int) -> None:
+def random_step(world: World, num_experts: int, layer_idx: int, on_cpu: bool) -> None:
     draw = world.random
+    beside = CpuBeside(world, layer_idx) if on_cpu and world.tier.lends(layer_idx) else None
+    world.residency.miss_path = beside  # type: ignore[assignment]
     expert_ids = draw.sample(range(num_experts), draw.randint(1, num_experts))
     breaks = draw.random() < 0.05
     computed: list[int] = []
+    if beside is not None:
+        beside.order, beside.breaks = computed, draw.random() < 0.05
 
     def compute(expert_idx: int, weights: Any) -> None:
         computed.append(expert_idx)
@@ -63,11 +70,15 @@ def random_step(world: World, num_experts: int, layer_idx: int) -> None:
             compute,
             prefill=draw.random() < 0.3,
             issued=(lambda: random_prefetch(world)) if draw.random() < 0.5 else None,
+            host=beside,  # type: ignore[arg-type]
         )
     except ExpertReadError:
         assert world.reader.failing
     except InterruptedStepError:
         assert breaks
+    except MemoryError:
+        assert beside is not None
+        assert beside.breaks
     else:
         assert sorted(computed) == sorted(expert_ids)
 
@@ -83,13 +94,13 @@ def random_prefetch(world: World) -> None:
         world.residency.prefetch(layer_idx, guess)
 
 
-def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> World:
+def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0, *, on_cpu: bool = False) -> World:
     world = random_world(patch, seed, failing)
     for _ in range(12):
         world.device.current = world.random.choice(["compute", "compute", "another stream"])
         layer_idx = world.random.randrange(world.cache.num_layers)
         num_experts = len([key for key in world.blobs if key[0] == layer_idx])
-        random_step(world, num_experts, layer_idx)
+        random_step(world, num_experts, layer_idx, on_cpu)
         world.drift()
         if world.random.random() < 0.4:
             random_prefetch(world)
@@ -98,14 +109,16 @@ def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> Wo
 
 @pytest.mark.parametrize("block", range(8))
 @pytest.mark.parametrize("failing", [0.0, 0.1])
-def test_kernels_see_their_experts(block: int, failing: float):
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_kernels_see_their_experts(block: int, failing: float, on_cpu: bool):
     num_checked = 0
     for seed in range(block * SEEDS_PER_TEST, (block + 1) * SEEDS_PER_TEST):
         with pytest.MonkeyPatch.context() as patch:
-            world = random_run(patch, seed, failing)
+            world = random_run(patch, seed, failing, on_cpu=on_cpu)
             world.finish()
             world.check()
             assert world.device.is_idle
+            assert world.residency._num_behind == 0
             assert not world.reader.reads
             assert world.num_checked % 2 == 0
             num_checked += world.num_checked
@@ -125,7 +138,7 @@ def test_closing_in_flight(block: int):
     """Whatever is under way when the model is closed ends, and nothing is written anywhere afterwards."""
     for seed in range(block * SEEDS_PER_TEST, (block + 1) * SEEDS_PER_TEST):
         with pytest.MonkeyPatch.context() as patch:
-            world = random_run(patch, seed)
+            world = random_run(patch, seed, on_cpu=seed % 2 == 1)
             random_prefetch(world)
             world.drift()
             world.residency.close()
@@ -145,6 +158,14 @@ def _give_back_now(ring: StagingRing, slot: int, event: Any) -> None:
     ring.give_back(slot)
 
 
+def _lend_only_a_look(tier: CudaTier, layer_idx: int, expert_idx: int, **calls: Any) -> None:
+    def lent(expert: LentExpert) -> None:
+        expert.give_back()
+        calls["lent"](expert._replace(give_back=lambda: None))
+
+    _lend(tier, layer_idx, expert_idx, lent=lent, failed=calls["failed"])
+
+
 def _release_now(slots: HostSlots, lease: Any, event: Any) -> None:
     slots.release(lease)
 
@@ -156,14 +177,15 @@ def _release_now(slots: HostSlots, lease: Any, event: Any) -> None:
         (DeviceSlot, "used", _nothing),
         (StagingRing, "give_back_after", _give_back_now),
         (HostSlots, "release_after", _release_now),
+        (CudaTier, "lend", _lend_only_a_look),
     ],
 )
 def test_a_missing_order_is_found(owner: type, method: str, broken: Callable[..., None]):
-    """Each of the four orders that this file is about is needed, and runs without it do not pass."""
+    """Each of the five orders that this file is about is needed, and runs without it do not pass."""
     for seed in range(SEEDS_PER_TEST):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, method, broken)
-            world = random_run(patch, seed)
+            world = random_run(patch, seed, on_cpu=owner is CudaTier)
             world.finish()
         if world.wrong or world.device.hazards:
             return

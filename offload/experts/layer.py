@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moe_offload.errors import ConfigError
+from moe_offload.offload.experts.host_step import HostStep
 from moe_offload.offload.experts.pair_outputs import ExpertFn, PairOutputs, compute_pairs, stretches
 from moe_offload.offload.experts.peers import Answers, Call
 from moe_offload.offload.experts.residency import ComputeTogether, Residency
@@ -250,7 +251,7 @@ class ExpertLayer:
             observer.begin_layer(self.layer_idx, top_k_index, top_k_weights)
         on_slots = self._slot_experts(parts)
         if on_slots is not None:
-            result = self._routed_slots(on_slots, hidden_states, top_k_index, top_k_weights)
+            result = self._routed_slots(on_slots, hidden_states, top_k_index, top_k_weights, expert_fn, parts)
         elif top_k_index.shape[0] != 1:
             result = self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
         elif parts is not None and MoeStep.takes(hidden_states):
@@ -275,11 +276,16 @@ class ExpertLayer:
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+        parts: MlpParts | None,
     ) -> torch.Tensor:
         """On a device: those that are there in one call, then those that have come meanwhile."""
         num_tokens, top_k = top_k_index.shape
         if num_tokens > MOST_STEP_ROWS:
             return self._routed_slot_rows(experts, hidden_states, top_k_index, top_k_weights)
+        miss_path, host = self._residency.miss_path, None
+        if miss_path is not None and parts is not None:  # before the choice: then one wait brings both
+            host = miss_path.begin(self.layer_idx, hidden_states, top_k_index, expert_fn, parts)
         index, weights = _values(top_k_index.reshape(-1), top_k_weights.reshape(-1))
         is_expert = [expert_idx < self.num_experts for expert_idx in index]
         weight_of: dict[int, float] = {}
@@ -289,7 +295,9 @@ class ExpertLayer:
         ids = [expert_idx if counts else ABSENT for expert_idx, counts in zip(index, is_expert, strict=True)]
         rows = [ids[begin : begin + top_k] for begin in range(0, len(ids), top_k)]
         step = SlotStep(experts, hidden_states, rows, top_k_weights)
-        self._run_together(list(weight_of), step.compute, list(weight_of.values()))
+        self._run_together(list(weight_of), step.compute, list(weight_of.values()), host)
+        for expert_idx, output in () if host is None else host.answers:
+            step.put(expert_idx, output)
         return step.result
 
     def _routed_slot_rows(
@@ -305,10 +313,16 @@ class ExpertLayer:
         self._run_together(list(touched), rows.compute, weights)
         return self._sum(rows.outputs, top_k_index, top_k_weights, is_partial).to(hidden_states.dtype)
 
-    def _run_together(self, expert_ids: Sequence[int], compute: ComputeTogether, weights: Sequence[float]) -> None:
+    def _run_together(
+        self,
+        expert_ids: Sequence[int],
+        compute: ComputeTogether,
+        weights: Sequence[float],
+        host: HostStep | None = None,
+    ) -> None:
         prefill, issued = self._begin(expert_ids)
         self._residency.run_together(
-            self.layer_idx, expert_ids, compute, weights=weights, prefill=prefill, issued=issued
+            self.layer_idx, expert_ids, compute, weights=weights, prefill=prefill, issued=issued, host=host
         )
 
     def _routed_packed(

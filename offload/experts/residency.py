@@ -13,17 +13,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from moe_offload.cache import Admit, ExpertCache, Lease
+from moe_offload.cache import Admit, ExpertCache, Lease, Placement
 from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
 from moe_offload.offload.experts.forgotten import close_apart
 from moe_offload.offload.experts.guesses import Guesses
+from moe_offload.offload.experts.host_step import HostStep
 from moe_offload.offload.experts.interrupts import InterruptShield
+from moe_offload.offload.experts.miss_path import MissPath, make_miss_path
 from moe_offload.offload.experts.peers import Peers
 from moe_offload.offload.experts.slot_experts import SlotExperts
 from moe_offload.offload.experts.step_observer import StepObserver
+from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 from moe_offload.offload.streaming.reader import ReadCancelledError, ReadObserver
-from moe_offload.offload.tiers.compute_tier import ComputeTier, Transfer
+from moe_offload.offload.tiers.compute_tier import ComputeTier, LentExpert, Transfer
 from moe_offload.quant.slot_kernels import slot_kernels
 
 
@@ -34,6 +37,8 @@ class SlotListener(Protocol):
     def clear(self, layer_idx: int, slot: int) -> None: ...
 
 
+# Of what the CPU computes, so many are on their way to slots at any time: a demanded copy waits for no more.
+_MOST_BEHIND = 1
 Compute = Callable[[int, ExpertWeights], None]
 ComputeTogether = Callable[[Sequence[tuple[int, ExpertWeights]]], None]
 
@@ -46,7 +51,7 @@ class _Load:
     speculative: bool
     waiting: list[Arrivals] = field(default_factory=list)
     transfer: Transfer | None = None
-    warmed: Callable[[BaseException | None], None] | None = None  # a warm start's: no step's prediction cancels it
+    ended: Callable[[BaseException | None], None] | None = None  # no guess of a step's, so none cancels it
 
 
 class Residency:
@@ -65,12 +70,18 @@ class Residency:
         for index in range(tier.num_staging_slots):
             self._free_staging.put(-1 - index)
         self.guesses = Guesses(tier, self._lock, self._free_staging)
+        self.miss_path: MissPath | None = None
+        self._num_behind = 0  # loads of what was computed on the CPU, for the next time
         self._interrupted = False
         self._stall_s = 0.0
         self._num_warmed = 0
         # Who forgets to close leaves no threads and files behind.
         self._forgotten = weakref.finalize(self, close_apart, tier.close)
         self._forgotten.atexit = False
+
+    def take_miss_path(self, miss_path: str, clock: StepClock, turn: Turn) -> None:
+        """Where misses are computed from now on: see `offload.experts.miss_path`."""
+        self.miss_path = make_miss_path(miss_path, self._tier, clock, turn)
 
     def observe_reads(self, observer: ReadObserver | None) -> None:
         """Tell ``observer`` of every read from the disk; None: nobody."""
@@ -96,6 +107,11 @@ class Residency:
     def num_warmed(self) -> int:
         """Experts that a warm start has brought."""
         return self._num_warmed
+
+    @property
+    def computed_on_cpu(self) -> int:
+        """Experts that the CPU has computed for another device."""
+        return 0 if self.miss_path is None else self.miss_path.num_computed
 
     @property
     def prefetch_used_bytes(self) -> int:
@@ -127,18 +143,21 @@ class Residency:
         weights: Sequence[float] | None = None,
         prefill: bool = False,
         issued: Callable[[], None] | None = None,
+        host: HostStep | None = None,
     ) -> None:
         """Call ``compute(expert_idx, weights)`` once for each expert, in no particular order.
 
-        ``issued`` is called when all misses are on their way and before anything is computed. Raises what a failed
-        transfer raised; the slots are given back in any case. Ctrl-C comes through between two experts.
+        ``issued`` is called when all misses are on their way and before anything is computed. With ``host``, misses may
+        be computed there instead, from host memory. Raises what a failed transfer raised; the slots, and what was lent,
+        are given back in any case. Ctrl-C comes through between two experts.
         """
 
-        def compute_one(experts: Sequence[tuple[int, ExpertWeights]]) -> None:
-            compute(*experts[0])
+        def compute_each(experts: Sequence[tuple[int, ExpertWeights]]) -> None:
+            for expert in experts:
+                compute(*expert)
 
         with InterruptShield() as shield:
-            self._step(layer_idx, expert_ids, compute_one, False, weights, prefill, issued, shield)
+            self._step(layer_idx, expert_ids, compute_each, False, weights, prefill, issued, host, shield)
 
     def run_together(
         self,
@@ -149,10 +168,11 @@ class Residency:
         weights: Sequence[float] | None = None,
         prefill: bool = False,
         issued: Callable[[], None] | None = None,
+        host: HostStep | None = None,
     ) -> None:
         """As `run`, with all experts that are there in one call, then those that have come meanwhile, and so on."""
         with InterruptShield() as shield:
-            self._step(layer_idx, expert_ids, compute, True, weights, prefill, issued, shield)
+            self._step(layer_idx, expert_ids, compute, True, weights, prefill, issued, host, shield)
 
     def run_resident(
         self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float], compute: Callable[[list[int]], None]
@@ -197,20 +217,25 @@ class Residency:
         weights: Sequence[float] | None,
         prefill: bool,
         issued: Callable[[], None] | None,
+        host: HostStep | None,
         shield: InterruptShield,
     ) -> None:
         if self._interrupted:
             self._recover()
+        num_copied: int | None = None
+        most: int | None = None
+        admit = Admit.IF_HOTTER if prefill else Admit.ALWAYS
+        if host is not None:
+            num_copied = most = self._num_copied(layer_idx, expert_ids)
+            if num_copied == 0:
+                most = max(0, _MOST_BEHIND - self._num_behind)
+                admit = admit if prefill else Admit.IF_HOTTER_NOW
         lease = self.cache.acquire(
-            layer_idx,
-            expert_ids,
-            weights=weights,
-            admit=Admit.IF_HOTTER if prefill else Admit.ALWAYS,
-            phase="prefill" if prefill else "decode",
+            layer_idx, expert_ids, weights=weights, admit=admit, most=most, phase="prefill" if prefill else "decode"
         )
         arrivals = Arrivals(self._free_staging)
         try:
-            self._run(lease, compute, together, issued, arrivals, shield)
+            self._run(lease, compute, together, issued, arrivals, num_copied, host, shield)
         except BaseException:
             self._interrupted = True
             raise
@@ -225,12 +250,25 @@ class Residency:
         together: bool,
         issued: Callable[[], None] | None,
         arrivals: Arrivals,
+        num_copied: int | None,
+        host: HostStep | None,
         shield: InterruptShield,
     ) -> None:
-        layer_idx, bypassed = lease.layer_idx, list(lease.bypassed)
-        for miss in lease.misses:
-            self._fetch(layer_idx, miss.expert_idx, miss.slot, arrivals)
-        num_pending = len(lease.misses)
+        layer_idx, bypassed, on_host = lease.layer_idx, list(lease.bypassed), list[int]()
+        num_pending = 0
+        if num_copied != 0:
+            for miss in lease.misses:
+                self._fetch(layer_idx, miss.expert_idx, miss.slot, arrivals)
+            num_pending = len(lease.misses)
+        if num_copied is not None:
+            num_staged = max(0, num_copied - len(lease.misses))
+            bypassed, on_host = bypassed[:num_staged], bypassed[num_staged:]
+            if num_copied == 0:
+                on_host = [*(miss.expert_idx for miss in lease.misses), *on_host]
+            self._lend(layer_idx, on_host, arrivals)
+            num_pending += len(on_host)
+            if num_copied == 0:
+                self._bring_behind(layer_idx, lease.misses)
         ready: list[Arrival] = []
         for hit in lease.hits:
             if not hit.loading or self._is_there(layer_idx, hit.expert_idx, hit.slot):
@@ -251,36 +289,49 @@ class Residency:
             num_pending -= len(come)
             ready += come
         for batch in [ready] if together and ready else [[one] for one in ready]:
-            self._compute(layer_idx, batch, compute)
+            self._compute(layer_idx, batch, compute, arrivals, host)
             shield.check()
         while num_pending or bypassed:
             if not num_pending:
                 num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
             batch = [self._next(arrivals, shield)]
-            if together:
+            if together or on_host:
                 batch += arrivals.get_all()
             num_pending -= len(batch)
-            self._compute(layer_idx, batch, compute)
+            self._compute(layer_idx, batch, compute, arrivals, host)
             num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
             if not bypassed:  # what this layer streams goes before what the next one will
                 self.guesses.go_on()
 
-    def _compute(self, layer_idx: int, batch: list[Arrival], compute: ComputeTogether) -> None:
-        """Compute what has come, and give its staging slots back whatever happens; raises what went wrong with it."""
+    def _compute(
+        self,
+        layer_idx: int,
+        batch: list[Arrival],
+        compute: ComputeTogether,
+        arrivals: Arrivals,
+        host: HostStep | None,
+    ) -> None:
+        """Compute what has come, and give its places back whatever happens; raises what went wrong with it."""
         try:
             for _, _, error in batch:
                 if error is not None:
                     raise error
-            weights = [(expert_idx, self._tier.use(layer_idx, slot)) for expert_idx, slot, _ in batch]
-            try:
-                compute(weights)
-            finally:
-                for _, slot, _ in batch:  # also if it failed midway: what it has launched still reads the slot
-                    self._tier.used(layer_idx, slot)
+            slots = [(expert_idx, place) for expert_idx, place, _ in batch if isinstance(place, int)]
+            lent = [(expert_idx, place.weights) for expert_idx, place, _ in batch if isinstance(place, LentExpert)]
+            if slots:
+                weights = [(expert_idx, self._tier.use(layer_idx, slot)) for expert_idx, slot in slots]
+                try:
+                    compute(weights)
+                finally:
+                    for _, slot in slots:  # also if it failed midway: what it has launched still reads the slot
+                        self._tier.used(layer_idx, slot)
+            if lent:  # last: while the CPU computes, the device is busy with what was launched
+                assert host is not None
+                assert self.miss_path is not None
+                self.miss_path.computed(layer_idx, len(lent), host.compute(lent))
         finally:
-            for _, slot, _ in batch:
-                if slot < 0:
-                    self._free_staging.put(slot)
+            for _, place, _ in batch:
+                arrivals.give_back(place)
 
     def _next(self, arrivals: Arrivals, shield: InterruptShield) -> Arrival:
         shield.check()
@@ -296,6 +347,40 @@ class Residency:
                     self._stall_s += duration_ns * 1e-9
                 if (observer := self.observer) is not None:
                     observer.waited(duration_ns)
+
+    # -- misses that the CPU computes --
+
+    def _num_copied(self, layer_idx: int, expert_ids: Sequence[int]) -> int | None:
+        """How many of the missing are copied, the others being computed on the CPU; None: all."""
+        num_missing = len(self.cache.missing(layer_idx, expert_ids))
+        if not num_missing or self.miss_path is None:
+            return None
+        num_copied = self.miss_path.num_copied(layer_idx, num_missing)
+        return None if num_copied == num_missing else num_copied
+
+    def _lend(self, layer_idx: int, expert_ids: Sequence[int], arrivals: Arrivals) -> None:
+        for expert_idx in expert_ids:
+
+            def failed(error: BaseException, expert_idx: int = expert_idx) -> None:
+                arrivals.put(expert_idx, None, error)
+
+            try:
+                lent = partial(arrivals.put, expert_idx, error=None)
+                self._tier.lend(layer_idx, expert_idx, lent=lent, failed=failed)
+            except Exception as error:
+                failed(error)
+
+    def _bring_behind(self, layer_idx: int, misses: Sequence[Placement]) -> None:
+        """Fill the slots of what the CPU computes this time, behind all demand; nobody waits for it."""
+        for miss in misses:
+            with self._lock:
+                self._num_behind += 1
+            load = self._register(layer_idx, miss.expert_idx, _Load(miss.slot, True, ended=self._brought_behind))
+            self._transfer(layer_idx, miss.expert_idx, load)
+
+    def _brought_behind(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._num_behind -= 1
 
     # -- transfers --
 
@@ -373,14 +458,13 @@ class Residency:
                 if self.slot_listener is not None:
                     self.slot_listener.put(layer_idx, expert_idx, load.slot)
                 self.cache.mark_loaded(layer_idx, expert_idx)
-                self._num_warmed += load.warmed is not None
             else:
                 self.cache.mark_failed(layer_idx, expert_idx)
             waiting = load.waiting
         for arrivals in waiting:
             arrivals.put(expert_idx, load.slot, error)
-        if load.warmed is not None:
-            load.warmed(error)
+        if load.ended is not None:
+            load.ended(error)
 
     def _is_there(self, layer_idx: int, expert_idx: int, slot: int) -> bool:
         with self._lock:
@@ -481,15 +565,21 @@ class Residency:
         with self._lock:
             for (layer, expert_idx), load in self._loads.items():
                 stale = layer == layer_idx and load.speculative and expert_idx not in keep
-                if stale and load.warmed is None and load.transfer is not None:
+                if stale and load.ended is None and load.transfer is not None:
                     load.transfer.cancel()
         self.guesses.give_up(layer_idx, keep)
 
     def warm(self, layer_idx: int, expert_idx: int, warmed: Callable[[BaseException | None], None]) -> bool:
         """Bring an expert into an empty slot, behind all demand, and say when; False if there is none, or no need."""
+
+        def ended(error: BaseException | None) -> None:
+            with self._lock:
+                self._num_warmed += error is None
+            warmed(error)
+
         with self._lock:
             placements = self.cache.admit_warm(layer_idx, [expert_idx])
-            loads = [self._register(layer_idx, expert_idx, _Load(p.slot, True, warmed=warmed)) for p in placements]
+            loads = [self._register(layer_idx, expert_idx, _Load(p.slot, True, ended=ended)) for p in placements]
         for load in loads:
             self._transfer(layer_idx, expert_idx, load)
         return bool(loads)
@@ -506,3 +596,5 @@ class Residency:
         """Stop all transfers and free the slots. May be called twice; what is only dropped closes itself, later."""
         self._forgotten.detach()
         self._tier.close()
+        if self.miss_path is not None:
+            self.miss_path.close()

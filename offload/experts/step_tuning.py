@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from moe_offload.cache import ExpertCache
-from moe_offload.offload.experts.layer import StepState
 
 TRIAL_STEPS = 5
 TRIALS = 3
@@ -212,8 +211,9 @@ class StepTuner(Generic[Setting]):
 class StepClock:
     """Times the decode steps of a model for its tuners."""
 
-    def __init__(self, model: nn.Module, step: StepState, cache: ExpertCache) -> None:
-        self._step, self._cache = step, cache
+    def __init__(self, model: nn.Module, is_prefill: Callable[[], bool], cache: ExpertCache) -> None:
+        """``is_prefill``: whether this thread's pass is a prompt."""
+        self._is_prefill, self._cache = is_prefill, cache
         self._record: list[Callable[[float, int], None]] = []
         self._begin_s: float | None = None
         self._num_missed = 0
@@ -230,9 +230,9 @@ class StepClock:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         now_s = time.perf_counter()
-        if self._record and self._begin_s is not None and not self._step.prefill:
+        if self._record and self._begin_s is not None and not self._is_prefill():
             num_missed = self._cache.stats.num_missed("decode")
             for record in self._record:
                 record(now_s - self._begin_s, num_missed - self._num_missed)
             self._num_missed = num_missed
-        self._begin_s = None if self._step.prefill else now_s
+        self._begin_s = None if self._is_prefill() else now_s

@@ -10,6 +10,7 @@ import torch
 
 from moe_offload.errors import BudgetError, ExpertCopyError
 from moe_offload.offload.planning.sizes import format_size
+from moe_offload.offload.tiers.copy_timer import CopyTimer
 from moe_offload.offload.tiers.cuda_page_lock import CudaPageLock
 from moe_offload.offload.tiers.device_queue import Event
 
@@ -54,6 +55,7 @@ class CudaQueue:
         self.device = torch.device("cuda", index)
         self.page_lock = CudaPageLock(self.device)
         self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._timer = CopyTimer()
         self._lock = threading.Lock()
         self._calls: queue.SimpleQueue[tuple[CudaEvent, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -84,10 +86,30 @@ class CudaQueue:
         with _typed("a copy was begun"), torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
             for earlier in after:
                 self._copy_stream.wait_event(_cuda(earlier))
+            is_timed = self._timer.begin(self._copy_stream, source.numel())
             try:
                 target.copy_(source, non_blocking=True)
             finally:
+                if is_timed:
+                    self._timer.end(self._copy_stream)
                 _cuda(event).record(self._copy_stream)
+
+    @property
+    def copy_s_per_byte(self) -> float:
+        """What a byte takes on the copy stream, from copies of late; 0 while that is not known."""
+        return self._timer.s_per_byte
+
+    def to_host(self, source: torch.Tensor, target: torch.Tensor, *, event: Event) -> None:
+        """On this thread's current stream; asynchronous if ``target`` is page-locked."""
+        with _typed("rows were brought to the host"), torch.cuda.device(self.device):
+            target.copy_(source, non_blocking=True)
+            self.record(event)
+
+    def to_device(self, source: torch.Tensor, target: torch.Tensor, *, event: Event) -> None:
+        """On this thread's current stream; asynchronous if ``source`` is page-locked."""
+        with _typed("rows were sent to the device"), torch.cuda.device(self.device):
+            target.copy_(source, non_blocking=True)
+            self.record(event)
 
     def stream(self) -> Hashable:
         """This thread's current stream on the device."""

@@ -1,7 +1,8 @@
 """Experts computed on CUDA devices: from the disk into page-locked memory, from there into slots in VRAM."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from logging import getLogger
 
 import torch
@@ -11,10 +12,11 @@ from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.planning.sizes import format_size
 from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
-from moe_offload.offload.tiers.compute_tier import Done, Transfer
+from moe_offload.offload.tiers.compute_tier import Done, LentExpert, Transfer
 from moe_offload.offload.tiers.device_queue import DeviceQueue
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.device_slots import DeviceSlots
+from moe_offload.offload.tiers.host_expert import HostExpert
 from moe_offload.offload.tiers.host_tier import HostTier
 from moe_offload.offload.tiers.slot_copy import CopySchedule, SlotCopy
 from moe_offload.offload.tiers.slot_order import TierSlotOrder
@@ -58,6 +60,7 @@ class CudaTier:
             self._devices.append(DeviceSlots(queue, shapes, staging_shape))
         self._copies = [CopySchedule(queue) for queue in queues]
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self._lent_weights: dict[tuple[int, int], ExpertWeights] = {}  # by layer and address
         self._host = HostTier(
             manifest, reader, queues[0], num_slots=num_host_slots, num_staging_slots=num_host_staging_slots
         )
@@ -97,6 +100,41 @@ class CudaTier:
     def exchange(self, layer_idx: int, slot: int, staging_slot: int) -> None:
         """Not offered."""
         raise NotImplementedError
+
+    def lends(self, layer_idx: int) -> bool:
+        """Where the layer has host slots; what only passes through staging is on its way to the device."""
+        return self._host.has_slots(layer_idx)
+
+    def lend(
+        self,
+        layer_idx: int,
+        expert_idx: int,
+        *,
+        lent: Callable[[LentExpert], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """From its host slot, into which it is read first if it is not there."""
+        over = self.queue(layer_idx).new_event()  # never recorded: the CPU is done with it when it gives it back
+
+        def landed(expert: HostExpert) -> None:
+            weights = self._host_weights(layer_idx, expert.data)
+            lent(LentExpert(weights, partial(expert.hold_until, over)))
+
+        self._host.fetch(
+            layer_idx, expert_idx, speculative=False, keep=True, for_copy=False, landed=landed, failed=failed
+        )
+
+    def queue(self, layer_idx: int) -> DeviceQueue:
+        """That of the layer's device."""
+        return self.queues[self._device_of_layer[layer_idx]]
+
+    def _host_weights(self, layer_idx: int, data: torch.Tensor) -> ExpertWeights:
+        """Views of host memory, made once for each place in it."""
+        key = (layer_idx, data.data_ptr())
+        weights = self._lent_weights.get(key)
+        if weights is None:
+            weights = self._lent_weights[key] = ExpertWeights(self._layouts[layer_idx], data)
+        return weights
 
     def expert_bytes(self, layer_idx: int) -> int:
         """The size of an expert of this layer."""
@@ -175,5 +213,6 @@ class CudaTier:
             _log.exception("the device has failed; its memory is let go of all the same")
         self._host.free()
         self._weights.clear()
+        self._lent_weights.clear()
         for slots in self._devices:
             slots.free()

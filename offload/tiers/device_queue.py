@@ -45,6 +45,16 @@ class DeviceQueue(Protocol):
         ``event`` is recorded behind it. Until that is over, ``source`` must not change. Raises ExpertCopyError.
         """
 
+    @property
+    def copy_s_per_byte(self) -> float:
+        """What a byte takes on the copy stream, from copies of late; 0 while that is not known."""
+
+    def to_host(self, source: torch.Tensor, target: torch.Tensor, *, event: Event) -> None:
+        """Device to host, a few rows, behind what this thread has launched; ``event`` is recorded behind it."""
+
+    def to_device(self, source: torch.Tensor, target: torch.Tensor, *, event: Event) -> None:
+        """Host to device, a few rows, before what this thread launches next; until ``event``, ``source`` must stay."""
+
     def stream(self) -> Hashable:
         """The stream that this thread launches kernels on."""
 

@@ -19,9 +19,18 @@ class _Tier(Protocol):
 class HostFetch:
     """One expert that was asked for. The tier's lock guards the fields, the tier changes them."""
 
-    def __init__(self, tier: _Tier, key: tuple[int, int], *, speculative: bool, landed: Landed, failed: Failed) -> None:
+    def __init__(
+        self,
+        tier: _Tier,
+        key: tuple[int, int],
+        *,
+        speculative: bool,
+        for_copy: bool,
+        landed: Landed,
+        failed: Failed,
+    ) -> None:
         self.key = key
-        self.speculative = speculative
+        self.speculative, self.for_copy = speculative, for_copy
         self.landed, self.failed = landed, failed
         self.cancelled = False
         self.ended = False

@@ -26,6 +26,10 @@ class HostSlots:
         )
         self._emptying: Emptying[Lease] = Emptying()
 
+    def has_any(self, layer_idx: int) -> bool:
+        """Whether the layer has slots."""
+        return layer_idx in self._cache_layer
+
     def acquire(self, layer_idx: int, expert_idx: int, *, keep: bool) -> Lease | None:
         """A hold on the expert's slot, or None if it has none and gets none.
 

@@ -105,6 +105,10 @@ class HostTier:
         """Those of them that belong to reads given up halfway."""
         return self._reader.stats.bytes_cancelled
 
+    def has_slots(self, layer_idx: int) -> bool:
+        """Whether the layer has host slots at all."""
+        return self._slots.has_any(layer_idx)
+
     def resident(self, layer_idx: int) -> list[int]:
         """The experts in a layer's host slots."""
         with self._lock:
@@ -118,14 +122,24 @@ class HostTier:
     # -- asking --
 
     def fetch(
-        self, layer_idx: int, expert_idx: int, *, speculative: bool, keep: bool, landed: Landed, failed: Failed
+        self,
+        layer_idx: int,
+        expert_idx: int,
+        *,
+        speculative: bool,
+        keep: bool,
+        for_copy: bool = True,
+        landed: Landed,
+        failed: Failed,
     ) -> HostFetch:
         """Bring an expert. ``keep``: it may displace any other from its layer's host slots, else only a colder one.
+
+        ``for_copy``: to page-locked memory, if there is any; else wherever it is.
 
         Raises ExpertReadError, and calls nobody back, when the tier is closed.
         """
         key = (layer_idx, expert_idx)
-        fetch = HostFetch(self, key, speculative=speculative, landed=landed, failed=failed)
+        fetch = HostFetch(self, key, speculative=speculative, for_copy=for_copy, landed=landed, failed=failed)
         here: HostExpert | None = None
         failures: list[_Failure] = []
         with self._lock:
@@ -136,7 +150,7 @@ class HostTier:
             if lease is not None and lease.misses:
                 self._begin(Reading(fetch), lease)
             elif lease is not None and not lease.hits[0].loading:
-                if self._goes_through_staging(layer_idx, lease):
+                if self._goes_through_staging(fetch, lease):
                     fetch.lease = lease
                     self._waiting.append(fetch)
                     failures = self._start_waiting()
@@ -298,15 +312,15 @@ class HostTier:
         experts = []
         for fetch in reading.fetches:
             assert fetch.lease is not None, "whoever reads into a host slot holds it"
-            if self._goes_through_staging(layer_idx, fetch.lease):
+            if self._goes_through_staging(fetch, fetch.lease):
                 fetch.ended = False
                 self._waiting.append(fetch)
             else:
                 experts.append((fetch, self._from_slot(layer_idx, fetch.lease)))
         return experts
 
-    def _goes_through_staging(self, layer_idx: int, lease: Lease) -> bool:
-        return self._ring.is_pinned and not self._slots.is_pinned(layer_idx, _slot_of(lease))
+    def _goes_through_staging(self, fetch: HostFetch, lease: Lease) -> bool:
+        return fetch.for_copy and self._ring.is_pinned and not self._slots.is_pinned(fetch.key[0], _slot_of(lease))
 
     def _from_slot(self, layer_idx: int, lease: Lease) -> HostExpert:
         return HostExpert(self._slots.tensor(layer_idx, _slot_of(lease)), partial(self._release_after, lease))

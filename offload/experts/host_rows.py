@@ -1,0 +1,100 @@
+"""A few rows on their way between a device and the host, in page-locked buffers that every layer uses again."""
+
+import mmap
+import threading
+
+import torch
+
+from moe_offload.offload.streaming.slab import Slab
+from moe_offload.offload.tiers.device_queue import DeviceQueue, Event
+
+_ALIGNMENT = 64
+
+
+class HostRows:
+    """The rows of one step at one layer, for the thread that runs it.
+
+    `fetch` once a step, before anything is launched that the CPU is to work beside: what follows it on the stream does
+    not delay it. Then `rows` waits for them, and `outputs` and `send` go by turns. Everything is on the thread's stream
+    and ordered by events.
+    """
+
+    def __init__(self, queue: DeviceQueue) -> None:
+        self._queue = queue
+        self._slab: Slab | None = None
+        self._fetched: Event = queue.new_event()
+        self._sent: Event = queue.new_event()
+        self._x: torch.Tensor | None = None
+        self._index: torch.Tensor | None = None
+        self._outputs = torch.empty(0)
+        self._next_row = 0
+
+    def fetch(self, x: torch.Tensor, top_k_index: torch.Tensor) -> None:
+        """Start to bring ``x [T, H]`` and the router's choice ``[T, K]``."""
+        num_pairs, hidden = top_k_index.numel(), x.shape[1]
+        sizes = [_aligned(tensor.numel() * tensor.element_size()) for tensor in (x, top_k_index)]
+        memory = self._memory(sum(sizes) + num_pairs * hidden * 4)
+        here, index, outputs = torch.split(memory, [*sizes, memory.numel() - sum(sizes)])
+        self._x, self._index = _like(here, x), _like(index, top_k_index)
+        self._outputs = outputs[: num_pairs * hidden * 4].view(torch.float32).view(num_pairs, hidden)
+        self._next_row = 0
+        self._queue.to_host(x, self._x, event=self._fetched)
+        self._queue.to_host(top_k_index, self._index, event=self._fetched)
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was fetched, when it is there; the same bytes until the next step."""
+        assert self._x is not None, "fetch comes first"
+        assert self._index is not None
+        self._fetched.wait()
+        return self._x, self._index
+
+    def outputs(self, num_rows: int) -> torch.Tensor:
+        """Room for so many more of the step's outputs, fp32 ``[n, H]``; at most one for each pair."""
+        if not self._next_row:
+            self._sent.wait()  # an earlier step's, in the same memory: it was over before this step's rows came
+        begin, self._next_row = self._next_row, self._next_row + num_rows
+        return self._outputs[begin : self._next_row]
+
+    def send(self, outputs: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The same on the device, for what this thread launches from now on."""
+        there = torch.empty_like(outputs, device=device)
+        self._queue.to_device(outputs, there, event=self._sent)
+        return there
+
+    def _memory(self, size_bytes: int) -> torch.Tensor:
+        if self._slab is None or self._slab.size_bytes < size_bytes:
+            self.close()
+            self._slab = Slab(1, -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE, page_lock=self._queue.page_lock)
+        return self._slab.tensor(0)
+
+    def close(self) -> None:
+        """Wait for what is under way, and free the memory."""
+        if self._slab is not None:
+            self._fetched.wait()
+            self._sent.wait()
+            self._slab.close()
+            self._slab = None
+
+
+class ThreadRows(threading.local):
+    """Those of each thread, one for each device."""
+
+    def __init__(self, made: "list[HostRows]") -> None:
+        self._made = made
+        self._of_queue: dict[int, HostRows] = {}
+
+    def of(self, queue: DeviceQueue) -> HostRows:
+        """This thread's, for the device of ``queue``."""
+        rows = self._of_queue.get(id(queue))
+        if rows is None:
+            rows = self._of_queue[id(queue)] = HostRows(queue)
+            self._made.append(rows)
+        return rows
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _like(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return memory[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
