@@ -22,7 +22,7 @@ class Calls:
         calls = self
         self.log: Log = []
         self.fail: set[str] = set()
-        self.out_of_memory = False
+        self.out_of_memory = self.late = False
 
         def note(*entry: Any) -> None:
             self.log.append(entry)
@@ -30,15 +30,21 @@ class Calls:
                 raise RuntimeError(f"CUDA error in {entry[0]}")
 
         class Event:
-            def __init__(self, blocking: bool = False) -> None:
-                assert blocking, "a thread that waits is not to spin"
+            def __init__(self, blocking: bool = False, enable_timing: bool = False) -> None:
+                assert blocking != enable_timing, "a thread that waits is not to spin; for stamps nobody waits"
+                self.is_timed = enable_timing
 
             def record(self, stream: Any) -> None:
-                note("record", stream)
+                note("stamp" if self.is_timed else "record", stream)
+
+            def elapsed_time(self, end: Any) -> float:
+                assert self.is_timed
+                assert end.is_timed
+                return 2.0
 
             def query(self) -> bool:
                 note("query")
-                return True
+                return not calls.late
 
             def synchronize(self) -> None:
                 note("wait for event")
@@ -117,6 +123,33 @@ def test_a_copy_waits_on_its_stream_and_is_marked(calls: Calls):
         "off cuda:0",
     ]
     assert calls.log[2][2] is earlier.event
+
+
+def test_one_copy_at_a_time_is_timed(calls: Calls):
+    queue = CudaQueue(torch.device("cuda"))
+
+    def copy(size_bytes: int) -> list[str]:
+        calls.log.clear()
+        queue.copy(torch.zeros(size_bytes, dtype=torch.uint8), target_that(calls), after=[], event=queue.new_event())
+        return [name for name in calls.names() if not name.startswith("o")]
+
+    timed = ["stamp copies", "copy", "stamp copies", "record copies"]
+    assert copy(1000) == ["copy", "record copies"], "too small to tell"
+    assert copy(1 << 20) == timed
+    calls.late = True
+    assert copy(1 << 20) == ["query", "copy", "record copies"]
+    assert queue.copy_s_per_byte == 0.0
+    calls.late = False
+    assert copy(1 << 20) == ["query", *timed]
+    assert queue.copy_s_per_byte == pytest.approx(2e-3 / (1 << 20))
+
+
+def test_rows_go_both_ways_on_the_callers_stream(calls: Calls):
+    queue = CudaQueue(torch.device("cuda:1"))
+    for move in (queue.to_host, queue.to_device):
+        calls.log.clear()
+        move(torch.zeros(1), target_that(calls), event=queue.new_event())
+        assert calls.names() == ["on cuda:1", "copy", "record compute", "off cuda:1"]
 
 
 def test_kernels_are_ordered_on_the_callers_stream(calls: Calls):
