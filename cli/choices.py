@@ -3,6 +3,7 @@
 DENSE_FORMATS = ("source", "bf16", "int8", "nf4", "int4", "mxfp4", "nf3", "fp8")
 FORMATS = ("auto", *DENSE_FORMATS, "mixed:BITS")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+MISS_PATHS = ("auto", "copy", "cpu", "split")
 VERIFY = ("first", "always", "off")
 
 

@@ -84,7 +84,7 @@ def generate(
             figures = {
                 "model": opened.name,
                 "format": opened.model.manifest.expert_format,
-                "exactness": exactness(opened.model.manifest),
+                "exactness": exactness(opened.model.manifest, opened.model.miss_path),
                 "text": answer.text,
                 "thinking": answer.thinking,
                 "stopped": answer.stopped,

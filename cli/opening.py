@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moe_offload.offload.planning.plan import Plan
 
 _SOURCE = "source"
+_LOSSLESS_PATH = "copy"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def banner(opened: OpenedModel, sampling: Sampling) -> Text:
     rows = [
         ("model", opened.name),
         ("format", f"experts {manifest.expert_format}, the rest {manifest.dense_format}"),
-        ("answers", exactness(manifest)),
+        ("answers", exactness(manifest, opened.model.miss_path)),
         ("experts", residence(opened.model.plan)),
         ("kernels", backend_name()),
         ("sampling", str(sampling)),
@@ -101,9 +102,12 @@ def banner(opened: OpenedModel, sampling: Sampling) -> Text:
     return text
 
 
-def exactness(manifest: Any) -> str:
+def exactness(manifest: Any, miss_path: str) -> str:
     """What the answers equal."""
     lossy = [spec for spec in (manifest.expert_format, manifest.dense_format) if spec != _SOURCE]
+    if miss_path != _LOSSLESS_PATH:
+        at = f"at {lossy[0]}" if lossy else "with the checkpoint's own numbers"
+        return f"exact to rounding {at}: the CPU computes some experts (--miss-path {miss_path})"
     if not lossy:
         return "exact: the checkpoint's own numbers"
     return f"exact at {lossy[0]}: identical to the fully resident model in this format"

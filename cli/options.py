@@ -80,6 +80,13 @@ _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
         help="Read the experts that the next N layers will probably ask for, when the disk is idle.",
     ),
     click.option(
+        "--miss-path",
+        type=click.Choice(choices.MISS_PATHS),
+        default="copy",
+        help="Where a GPU's missing experts are computed: there, after a copy (lossless); by the CPU, from RAM; split "
+        "between both; auto: whichever is fastest. All but copy are exact to rounding.",
+    ),
+    click.option(
         "--warm-start/--no-warm-start",
         default=True,
         help="Begin with the experts that were in use at the end of the last run.",

@@ -26,11 +26,12 @@ def report_line(run: Run, *, max_new_tokens: int | None = None) -> str:
 def totals(stats: Run) -> list[tuple[str, str]]:
     """Names and values of a session's figures, for /stats."""
     copied = f", {format_size(stats.bytes_copied)} copied to the GPU" if stats.bytes_copied else ""
+    on_cpu = f", {stats.computed_on_cpu} of them computed on the CPU" if stats.computed_on_cpu else ""
     foreseen = f"; {stats.prefetch_recall:.0%} of what was asked for was foreseen" if stats.prefetch_recall else ""
     return [
         ("tokens", f"{stats.prompt_tokens} read, {stats.new_tokens} written"),
         ("speed", f"{stats.tokens_per_s:.1f} tok/s over {format_seconds(stats.decode_s)} of decoding"),
-        ("experts", f"{stats.hits + stats.misses} asked for, {_hits(stats)} found in memory"),
+        ("experts", f"{stats.hits + stats.misses} asked for, {_hits(stats)} found in memory{on_cpu}"),
         ("read", f"{format_size(stats.bytes_read)} from the disk{copied}"),
         *([("warm start", f"{stats.warmed} experts")] if stats.warmed else []),
         ("stalled", format_seconds(stats.stall_s)),
@@ -65,6 +66,7 @@ def cache_figures(run: Run) -> dict[str, Any]:
         "prefetch_wasted": run.prefetch_wasted,
         "prefetch_recall": run.prefetch_recall,
         "warmed": run.warmed,
+        "computed_on_cpu": run.computed_on_cpu,
     }
 
 

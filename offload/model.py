@@ -16,7 +16,7 @@ from moe_offload.cache.trace_writer import TraceWriter, kept_if_used
 from moe_offload.errors import ConfigError, PackCorruptError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
-from moe_offload.offload.experts.miss_path import check_miss_path
+from moe_offload.offload.experts.miss_path import COPY, check_miss_path
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
@@ -112,7 +112,8 @@ class OffloadedModel:
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set
         self._loaded = loaded
-        self._settings = {"policy": policy, "prefetch": str(prefetch), "miss_path": miss_path}
+        self.miss_path = COPY if plan.device == "cpu" else miss_path
+        self._settings = {"policy": policy, "prefetch": str(prefetch), "miss_path": self.miss_path}
         self._recording = None if trace is None else self._record(trace, tokens=trace_tokens)
         if hot_set is not None:
             WarmStart(loaded.residency, hot_set.load())

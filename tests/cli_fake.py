@@ -27,6 +27,7 @@ class FakeRun:
     prefetch_wasted: int = 1
     prefetch_recall: float = 0.5
     warmed: int = 0
+    computed_on_cpu: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class FakeModel:
     asked: list[Any] = field(default_factory=list)
     sampled: list[dict[str, Any]] = field(default_factory=list)
     closed: bool = False
+    miss_path: str = "copy"
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()

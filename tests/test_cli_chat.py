@@ -369,7 +369,19 @@ def test_the_banner_says_what_is_where(plan, expected):
     ],
 )
 def test_the_banner_says_how_exact_the_answers_are(formats, expected):
-    assert exactness(cli_fake.FakeManifest(*formats)) == expected
+    assert exactness(cli_fake.FakeManifest(*formats), "copy") == expected
+
+
+@pytest.mark.parametrize(
+    ("formats", "expected"),
+    [
+        (("source", "source"), "exact to rounding with the checkpoint's own numbers: "),
+        (("nf4", "source"), "exact to rounding at nf4: "),
+    ],
+)
+def test_the_banner_says_that_the_cpu_rounds_otherwise(formats, expected):
+    told = exactness(cli_fake.FakeManifest(*formats), "split")
+    assert told == expected + "the CPU computes some experts (--miss-path split)"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def compare(a: ProfileReport, b: ProfileReport) -> Comparison:
 
 
 def _settings(run: RunFacts) -> Iterator[tuple[str, str]]:
-    for name in ("model", "format", "dense_format", "device", "policy", "prefetch", "context_tokens"):
+    for name in ("model", "format", "dense_format", "device", "policy", "prefetch", "miss_path", "context_tokens"):
         yield name.replace("_", " "), str(getattr(run, name))
     for name in ("ram", "vram"):
         yield name, figures.size(getattr(run, f"{name}_bytes"))

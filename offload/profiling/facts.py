@@ -11,6 +11,7 @@ from moe_offload.offload.profiling.run_facts import Machine, Rates, RunFacts, Se
 from moe_offload.offload.profiling.sections import Exactness
 
 T = TypeVar("T")
+_LOSSLESS_PATH = "copy"
 _LOSSLESS = "source"
 
 
@@ -35,6 +36,7 @@ def run_facts(
         device=_of(meta, "device", str),
         policy=_of(meta, "policy", str),
         prefetch=_text(meta, "prefetch"),
+        miss_path=_of(meta, "miss_path", str),
         ram_bytes=_count(meta, "ram_bytes"),
         vram_bytes=_count(meta, "vram_bytes"),
         context_tokens=_count(meta, "context_tokens"),
@@ -56,10 +58,13 @@ def run_facts(
 
 
 def exactness(facts: RunFacts) -> Exactness:
-    """What the answers equal, by the formats."""
+    """What the answers equal, by the formats and by where misses were computed."""
     if facts.format is None:
         return Exactness(None, "the trace does not tell the format")
     lossy = [spec for spec in (facts.format, facts.dense_format) if spec not in (None, _LOSSLESS)]
+    if facts.miss_path not in (None, _LOSSLESS_PATH):
+        at = f"at {lossy[0]}" if lossy else "with the checkpoint's own numbers"
+        return Exactness(False, f"exact to rounding {at}: the CPU computed some experts")
     if not lossy:
         return Exactness(True, "exact: the checkpoint's own numbers")
     return Exactness(False, f"exact at {lossy[0]}: identical to the fully resident model in this format")

@@ -54,6 +54,7 @@ class RunFacts:
     device: str | None
     policy: str | None
     prefetch: str | None
+    miss_path: str | None
     ram_bytes: int | None
     vram_bytes: int | None
     context_tokens: int | None

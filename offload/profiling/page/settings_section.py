@@ -44,6 +44,7 @@ def _settings(run: RunFacts) -> Iterator[list[str]]:
         ("device", run.device),
         ("policy", run.policy),
         ("prefetch", run.prefetch),
+        ("miss path", run.miss_path),
     ):
         yield [name, value or UNKNOWN]
     yield ["RAM budget", size(run.ram_bytes)]
