@@ -38,11 +38,12 @@ def test_forced_is_undone():
 
 
 @pytest.mark.skipif("avx512-base" not in kernels.available(), reason="this machine has one set for AVX-512")
-@pytest.mark.parametrize("shape", [(5, 40), (33, 768), (9, 100), (17, 2048)])
-def test_both_sets_for_avx512_give_the_same_bits(shape):
+@pytest.mark.parametrize("shape", [(5, 40), (33, 768), (9, 100), (7, 190), (17, 2048)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+def test_both_sets_for_avx512_give_the_same_bits(shape, num_tokens):
     nf3 = get_format("nf3")
     packed = nf3.quantize(torch.randn(shape))
-    x = torch.randn(7, shape[1]).bfloat16()
+    x = torch.randn(num_tokens, shape[1]).bfloat16()
     with kernels.forced("avx512-base"):
         expected = nf3.linear(x, packed, shape)
     with kernels.forced("avx512"):

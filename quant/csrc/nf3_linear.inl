@@ -1,5 +1,8 @@
 // Few-row products of nf3, for activations in fp32 or as 16-bit integers (see linear_integers.inl).
 
+// Columns whose activations share a step: two units, whose products sixteen lanes can sum before they are scaled.
+constexpr int kNf3StepCols = 2 * kNf3Unit;
+
 // A token's activations, zeros up to whole units; integers are followed by what one step of each unit's stands for.
 inline int64_t nf3_prepared_bytes(const PackedWeight& weight, int32_t x_dtype) {
     const int64_t units = nf3_units(weight);
@@ -12,23 +15,52 @@ inline void prepare_nf3(const PackedWeight& weight, const Matrix& x, int64_t tok
     float* const floats = static_cast<float*>(prepared);
     int16_t* const integers = static_cast<int16_t*>(prepared);
     float* const steps = reinterpret_cast<float*>(integers + units * kNf3Unit);
-    for (int64_t u = 0; u < units; u++) {
-        float values[kNf3Unit];
-        const int64_t col = u * kNf3Unit, count = weight.cols - col < kNf3Unit ? weight.cols - col : kNf3Unit;
-        if (count == kNf3Unit && x.dtype != DTYPE_F32) {
+    for (int64_t u = 0; u < units; u += 2) {
+        const int num_units = units - u < 2 ? 1 : 2, size = num_units * kNf3Unit;
+        float values[kNf3StepCols];
+        const int64_t col = u * kNf3Unit, count = weight.cols - col < size ? weight.cols - col : size;
+        if (count == size && x.dtype != DTYPE_F32) {
             const uint16_t* const half = static_cast<const uint16_t*>(x.data) + start + col;
-            for (int i = 0; i < kNf3Unit; i += V::kLanes) {
+            for (int i = 0; i < size; i += V::kLanes) {
                 V::store(values + i, x.dtype == DTYPE_BF16 ? V::bf16(half + i) : V::f16(half + i));
             }
         } else {
-            for (int i = 0; i < kNf3Unit; i++) {
+            for (int i = 0; i < size; i++) {
                 values[i] = i < count ? load_as_float(x.data, x.dtype, start + col + i) : 0.0f;
             }
         }
         if (nf3_uses_integers(x.dtype)) {
-            steps[u] = integers_of(values, kNf3Unit, integers + col);
+            const float step = integers_of(values, size, integers + col);
+            for (int i = 0; i < num_units; i++) steps[u + i] = step;
         } else {
-            std::memcpy(floats + col, values, sizeof(values));
+            std::memcpy(floats + col, values, static_cast<size_t>(size) * 4);
+        }
+    }
+}
+
+// Units [unit, unit + kUnits), which share a step.
+template <int kTokens, int kUnits>
+ALWAYS_INLINE void add_nf3_units(const uint8_t* codes, int64_t units, int64_t unit, const int16_t* const* inputs,
+                                 V::Floats* total) {
+    const uint8_t* const tables = codes + units * kNf3UnitBytes;
+    constexpr int kVectors = kUnits * 2 * kNf3Shorts;
+    // a lane sums at most eight products of 15 and 13 bits in 32
+    constexpr int kSummed = kVectors < 4 ? kVectors : 4;
+    V::Shorts values[kVectors];
+    for (int i = 0; i < 2 * kUnits; i++) {
+        const uint8_t* const at = codes + (unit + i / 2) * kNf3UnitBytes;
+        if (i % 2 == 0) V::prefetch(at + kPrefetchBytes);
+        nf3_shorts(at, i % 2, nf3_table(tables, unit + i / 2, i % 2), values + i * kNf3Shorts);
+    }
+    for (int t = 0; t < kTokens; t++) {
+        const int16_t* const input = inputs[t] + unit * kNf3Unit;
+        const V::Floats step = V::set1(reinterpret_cast<const float*>(inputs[t] + units * kNf3Unit)[unit]);
+        for (int first = 0; first < kVectors; first += kSummed) {
+            V::Ints sums = V::dot(values[first], V::shorts(input + first * 2 * V::kLanes));
+            for (int i = first + 1; i < first + kSummed; i++) {
+                sums = V::dot(sums, values[i], V::shorts(input + i * 2 * V::kLanes));
+            }
+            total[t] = V::fma(V::to_floats(sums), step, total[t]);
         }
     }
 }
@@ -36,27 +68,11 @@ inline void prepare_nf3(const PackedWeight& weight, const Matrix& x, int64_t tok
 template <int kTokens>
 ALWAYS_INLINE void add_nf3_integers(const PackedWeight& weight, const uint8_t* codes, const int16_t* const* inputs,
                                     V::Floats* total) {
+    constexpr int kUnits = V::kLanes >= 16 ? 2 : 1;
     const int64_t units = nf3_units(weight);
-    const uint8_t* const tables = codes + units * kNf3UnitBytes;
-    // a lane of eight or more sums eight products of 15 and 13 bits at most in 32 bits; of fewer, one half at a time
-    constexpr int kSums = V::kLanes >= 8 ? 1 : 2;
-    for (int64_t u = 0; u < units; u++) {
-        const uint8_t* const unit = codes + u * kNf3UnitBytes;
-        V::prefetch(unit + kPrefetchBytes);
-        V::Shorts values[2][kNf3Shorts];
-        for (int half = 0; half < 2; half++) nf3_shorts(unit, half, nf3_table(tables, u, half), values[half]);
-        for (int t = 0; t < kTokens; t++) {
-            V::Ints sums[kSums];
-            for (int i = 0; i < 2 * kNf3Shorts; i++) {
-                const V::Shorts value = values[i / kNf3Shorts][i % kNf3Shorts];
-                const V::Shorts input = V::shorts(inputs[t] + u * kNf3Unit + i * 2 * V::kLanes);
-                V::Ints& sum = sums[i * kSums / (2 * kNf3Shorts)];
-                sum = i % (2 * kNf3Shorts / kSums) == 0 ? V::dot(value, input) : V::dot(sum, value, input);
-            }
-            const float step = reinterpret_cast<const float*>(inputs[t] + units * kNf3Unit)[u];
-            for (int i = 0; i < kSums; i++) total[t] = V::fma(V::to_floats(sums[i]), V::set1(step), total[t]);
-        }
-    }
+    int64_t u = 0;
+    for (; u + kUnits <= units; u += kUnits) add_nf3_units<kTokens, kUnits>(codes, units, u, inputs, total);
+    for (; u < units; u++) add_nf3_units<kTokens, 1>(codes, units, u, inputs, total);
 }
 
 template <int kTokens>
