@@ -5,6 +5,7 @@ FORMATS = ("auto", *DENSE_FORMATS, "mixed:BITS")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MISS_PATHS = ("auto", "copy", "cpu", "split")
 VERIFY = ("first", "always", "off")
+GRAPHS = ("auto", "on", "off")
 
 
 def policies() -> tuple[str, ...]:

@@ -87,6 +87,12 @@ _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
         "between both; auto: whichever is fastest. All but copy are exact to rounding.",
     ),
     click.option(
+        "--graphs",
+        type=click.Choice(choices.GRAPHS),
+        default="auto",
+        help="Run decode steps on a GPU from CUDA graphs; the answer is the same to the bit.",
+    ),
+    click.option(
         "--warm-start/--no-warm-start",
         default=True,
         help="Begin with the experts that were in use at the end of the last run.",

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from transformers import (
 from moe_offload.errors import ConfigError
 from moe_offload.offload.answer_clock import AnswerClock
 from moe_offload.offload.experts.layer import StepState, StoppedError
+from moe_offload.offload.graphs.choice import DecodeGraphs
 from moe_offload.offload.meter import Meter, Reading
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.sampling import sampling_config
 from moe_offload.offload.text_stream import TextStream
+
+NO_GRAPHS = DecodeGraphs()
 
 
 class _Replay(LogitsProcessor):  # type: ignore[misc]
@@ -46,9 +50,11 @@ class Generator:
         *,
         context_tokens: int,
         chunk_tokens: int,
+        graphs: DecodeGraphs = NO_GRAPHS,
     ) -> None:
         self._model, self._tokenizer, self._meter, self._step = model, tokenizer, meter, step
         self._context_tokens, self._chunk_tokens = context_tokens, chunk_tokens
+        self._graphs = graphs
         # Weak: an interrupt may strike between the beginning of an answer and the code that sees to its end.
         self._running: weakref.WeakSet[AnswerClock] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -134,9 +140,10 @@ class Generator:
             self._meter.residency.new_sequence()
             if seed is not None:
                 torch.manual_seed(seed)
-            with torch.inference_mode(), self._step.stoppable(clock.stopped):
+            with torch.inference_mode(), self._step.stoppable(clock.stopped), self._cache(config, inputs) as cache:
                 output: torch.Tensor = self._model.generate(
                     **inputs.to(self._model.device),
+                    **cache,
                     generation_config=config,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([clock]),
@@ -147,6 +154,7 @@ class Generator:
                 streamer.end()
             output = clock.ids
         finally:
+            self._graphs.tell_uses()
             self._report(clock, prompt_tokens, earlier)
         return output[0] if self._model.config.is_encoder_decoder else output[0, prompt_tokens:]
 
@@ -162,6 +170,17 @@ class Generator:
         if self._may_chunk(prompt_tokens):
             config.prefill_chunk_size = self._chunk_tokens
         return config
+
+    @contextmanager
+    def _cache(self, config: GenerationConfig, inputs: Any) -> Iterator[dict[str, Any]]:
+        """What `generate` is to be told of a cache: nothing where it makes its own."""
+        caches = self._graphs.caches
+        if caches is None or inputs["input_ids"].shape[0] != 1:
+            yield {}
+            return
+        config.disable_compile = True  # a static cache would have generate compile the model
+        with caches.lend(inputs["input_ids"].shape[1] + config.max_new_tokens) as cache:
+            yield {"past_key_values": cache}
 
     def _may_chunk(self, prompt_tokens: int) -> bool:
         """A long prompt goes through in pieces, unless the model carries a state that its pieces would not pass on."""

@@ -21,6 +21,7 @@ from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_pr
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.generation import Generator
+from moe_offload.offload.graphs.choice import check_graphs, decode_graphs
 from moe_offload.offload.learning.predictor_file import load_predictor
 from moe_offload.offload.loader import LoadedModel, load_model
 from moe_offload.offload.meter import Meter
@@ -40,6 +41,7 @@ from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.row_embedding import table_in_pack
 from moe_offload.offload.tiers.choice import make_tier
+from moe_offload.offload.tiers.compute_tier import ComputeTier
 
 if TYPE_CHECKING:  # what most runs do without, and imports a good deal
     from moe_offload.offload.profiling.prompts import OnPrompt, Prompt
@@ -93,6 +95,8 @@ class OffloadedModel:
         prefetch: str | int,
         miss_path: str,
         top_k: int,
+        tier: ComputeTier,
+        graphs: str = "auto",
         hot_set: HotSetFile | None = None,
         trace: TraceWriter | None = None,
         trace_tokens: bool = False,
@@ -108,6 +112,16 @@ class OffloadedModel:
         if plan.device != "cpu":
             loaded.residency.take_miss_path(miss_path, clock, turn)
         PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, clock, turn)
+        self._graphs = decode_graphs(
+            self.model,
+            loaded.step,
+            loaded.residency,
+            tier,
+            graphs,
+            context_tokens=plan.context_tokens,
+            top_k=top_k,
+            is_plain=lambda: lookahead.depth == 0 and loaded.residency.observer is None,
+        )
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set
@@ -124,6 +138,7 @@ class OffloadedModel:
             loaded.step,
             context_tokens=plan.context_tokens,
             chunk_tokens=plan.prefill_chunk_tokens,
+            graphs=self._graphs,
         )
 
     @classmethod
@@ -141,6 +156,7 @@ class OffloadedModel:
         policy: str = DEFAULT_POLICY,
         prefetch: str | int = "auto",
         miss_path: str = "copy",
+        graphs: str = "auto",
         warm_start: bool = True,
         verify: str = "first",
         revision: str | None = None,
@@ -156,7 +172,8 @@ class OffloadedModel:
         ``vram`` and ``ram`` bound what is allocated there: bytes, "6GiB", "80%" or "auto" (what is free, less a
         margin). ``format`` (also ``mixed:3.5``) and ``dense_format`` say how a checkpoint is packed; a pack has its
         own. ``prefetch`` is "off", "auto" or the number of layers to look ahead; it never changes the result, and
-        neither do budgets and policies. ``miss_path`` says where a GPU's misses are computed: "copy" (there, lossless),
+        neither do budgets and policies, nor ``graphs``: "on" runs decode steps on a GPU from CUDA graphs or fails, and
+        "auto" does where it can. ``miss_path`` says where a GPU's misses are computed: "copy" (there, lossless),
         "cpu" (by the CPU, from RAM), "split" (some here, some there) or "auto" (the fastest of these, by trials in the
         run); all but the first are exact to rounding. ``warm_start``: keep in a small file beside the pack which
         experts were hot when the model was closed, and read those first, in the background. ``verify``: check an
@@ -176,6 +193,7 @@ class OffloadedModel:
             raise ConfigError("the ids of tokens can only be recorded with a trace: name its file (--trace FILE)")
         depth = parse_prefetch(prefetch)
         torch_device = _device(device)
+        check_graphs(graphs, torch_device.type)
         folder = _folder(model)
 
         def plan_for(pack: PackShape, config: Any, dense_bytes: int, torch_dtype: torch.dtype) -> Plan:
@@ -252,6 +270,8 @@ class OffloadedModel:
                 prefetch=prefetch,
                 miss_path=miss_path,
                 top_k=top_k,
+                tier=tier,
+                graphs=graphs,
                 hot_set=hot_set,
                 trace=writer,
                 trace_tokens=trace_tokens,
@@ -430,6 +450,7 @@ class OffloadedModel:
         if self._hot_set is not None and not self._step.closed:
             self._hot_set.save(self._residency.cache.hot_set())
         self._step.closed = True
+        self._graphs.close()
         self._residency.close()
         if self._recording is not None:
             self._recording.end()

@@ -26,6 +26,10 @@ CHECKED_STEPS = 2  # of each way to run a recording, against the model's own cod
 class GraphedResidency(ResidentExperts, UseListener, Protocol):
     """What steps ask of residency, and tell it."""
 
+    @property
+    def miss_path(self) -> object:
+        """None where misses are computed as hits are, to the bit."""
+
 
 class _Recorded:
     """One kind of step: how often it was seen, and its recording."""
@@ -118,8 +122,9 @@ class GraphedForward:
         step = recorded.step
         assert step is not None, "it was made"
         fill(recorded.inputs, kwargs)
-        way = self._replay(step, cache)
-        if not recorded.checks_left[way]:
+        way, missed = self._replay(step, cache)
+        is_exact = not missed or self._residency.miss_path is None  # else a second run may differ in the last bits
+        if not recorded.checks_left[way] or not is_exact:
             return _copied(step.output)
         recorded.checks_left[way] -= 1
         logits = step.output.logits.clone()
@@ -132,24 +137,25 @@ class GraphedForward:
             )
         return output
 
-    def _replay(self, step: CapturedStep, cache: AnswerCache) -> str:
-        """Run the step in one of the two ways; which."""
+    def _replay(self, step: CapturedStep, cache: AnswerCache) -> tuple[str, bool]:
+        """Run the step in one of the two ways; which, and whether it missed an expert."""
         if step.can_run_whole and self._speculation.is_on:
             cache.count_step()
             if step.run_whole(self._table, self._uses):
                 self._speculation.record(missed=False)
                 self.num_whole += 1
-                return "whole"
+                return "whole", False
             self._speculation.record(missed=True)
             self.num_undone += 1
             cache.undo_step()
             cache.count_step()
-            step.run_by_layers(self._residency)
+            missed = step.run_by_layers(self._residency)
         else:
             cache.count_step()
-            self._speculation.record(missed=step.run_by_layers(self._residency))
+            missed = step.run_by_layers(self._residency)
+            self._speculation.record(missed)
         self.num_by_layers += 1
-        return "by layers"
+        return "by layers", missed
 
     def _turn_off(self, why: str) -> None:
         self.is_off = True

@@ -28,8 +28,8 @@ class SlotOrder(Protocol):
     def mark(self) -> Event:
         """An event behind all that this thread has launched."""
 
-    def hold(self, layer_idx: int, slot: int, until: Event) -> None:
-        """The next copy into the slot waits for the event."""
+    def hold(self, layer_idx: int, slot: int, stream: Hashable, until: Event) -> None:
+        """The next copy into the slot waits for the event, which replaces an earlier one of the same stream."""
 
 
 class SlotTable:
@@ -45,7 +45,7 @@ class SlotTable:
         """``int32 [layers, experts + 1]``: the slot of each expert in its layer, or `ABSENT`."""
         self._order = order
         self._stream: Hashable = None  # of the last step
-        self._step_over: Event | None = None
+        self._step_over: dict[Hashable, Event] = {}  # of the last step on each stream
         self._expert_in: dict[tuple[int, int], int] = {}
         self._fresh: set[tuple[int, int]] = set()  # filled since the last step that asked
         self._changed = False
@@ -63,8 +63,8 @@ class SlotTable:
     def clear(self, layer_idx: int, slot: int) -> None:
         """The slot is about to be filled: no later step finds it, and the copy waits for those that may have."""
         with self._lock:
-            if self._step_over is not None:
-                self._order.hold(layer_idx, slot, self._step_over)
+            for stream, event in self._step_over.items():
+                self._order.hold(layer_idx, slot, stream, event)
             self._forget(layer_idx, slot)
 
     def close(self) -> None:
@@ -99,7 +99,7 @@ class SlotTable:
             try:
                 yield
             finally:  # an interrupted launch has kernels under way too
-                self._step_over = self._order.mark()
+                self._step_over[stream] = self._order.mark()
 
     def num_resident(self) -> int:
         """Experts that are in slots."""

@@ -167,6 +167,11 @@ class CudaTier:
         """Where the parts of an expert of this layer lie in a slot."""
         return self._layouts[layer_idx]
 
+    @property
+    def num_devices(self) -> int:
+        """How many devices have layers."""
+        return len(self.queues)
+
     def slot_order(self) -> TierSlotOrder:
         """For steps on the first device that find their experts' slots by themselves."""
         return TierSlotOrder(self.queues[0], self._slot)

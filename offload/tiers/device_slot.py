@@ -63,10 +63,10 @@ class DeviceSlot:
                 event = self._last_use[stream] = self._queue.new_event()
             self._queue.record(event)
 
-    def hold(self, until: Event) -> None:
-        """The next copy waits for the event too; of those given, for the last."""
+    def hold(self, stream: Hashable, until: Event) -> None:
+        """The next copy waits for this event of a stream too, beside the one that `used` has left there."""
         with self._lock:
-            self._last_use["held"] = until
+            self._last_use["held", stream] = until
 
     def wait_until_unused(self) -> None:
         """Block this thread until no kernel reads the slot."""

@@ -27,6 +27,6 @@ class TierSlotOrder:
         self._queue.record(event)
         return event
 
-    def hold(self, layer_idx: int, slot: int, until: Event) -> None:
-        """The next copy into the slot waits for the event."""
-        self._slot(layer_idx, slot).hold(until)
+    def hold(self, layer_idx: int, slot: int, stream: Hashable, until: Event) -> None:
+        """The next copy into the slot waits for the event, which replaces an earlier one of the same stream."""
+        self._slot(layer_idx, slot).hold(stream, until)
