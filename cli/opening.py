@@ -116,6 +116,8 @@ def exactness(manifest: Any, miss_path: str) -> str:
 def residence(plan: "Plan") -> str:
     """What part of the experts is where."""
     fast, second = ("RAM", None) if plan.device == "cpu" else ("VRAM", "RAM")
+    if plan.parts:
+        fast = f"VRAM of {len(plan.parts)} GPUs"
     if plan.resident_share >= 1:
         return f"all kept in {fast}"
     parts = [f"{plan.resident_share:.0%} kept in {fast}"]

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from moe_offload.cli import choices
-from moe_offload.cli.param_types import DeviceType, FormatType, ModelType, PrefetchType, SizeType, TextType
+from moe_offload.cli.param_types import DeviceType, FormatType, ModelType, PrefetchType, SizeType, TextType, VramType
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -56,7 +56,12 @@ def _apply(options: list[Callable[[Command], Command]], command: Command) -> Com
 
 _MEMORY_OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--ram", type=SizeType(), default="auto", help="RAM to use, like 12GiB or 80%; auto: what is free."),
-    click.option("--vram", type=SizeType(), default="auto", help="GPU memory to use; auto: what is free."),
+    click.option(
+        "--vram",
+        type=VramType(),
+        default="auto",
+        help="GPU memory to use; auto: what is free; 0=10GiB,1=10GiB: layers divided among GPUs.",
+    ),
     click.option("--device", type=DeviceType(), default="auto", help="Where to compute: cpu, cuda, cuda:1."),
     click.option(
         "--context",

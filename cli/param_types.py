@@ -58,6 +58,23 @@ class SizeType(click.ParamType):  # type: ignore[type-arg]
         return value
 
 
+class VramType(SizeType):
+    """An amount of GPU memory, or one for each of several GPUs: 0=10GiB,1=8GiB."""
+
+    name = "size|gpu=size,..."
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moe_offload.offload.planning.vram_option import vram_by_device
+
+        try:
+            sizes = vram_by_device(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+        for size in [value] if sizes is None else sizes.values():
+            super().convert(str(size), param, ctx)
+        return value
+
+
 class RateType(click.ParamType):  # type: ignore[type-arg]
     """Bytes a second: 3.5GB/s."""
 

@@ -65,14 +65,16 @@ class DenseWeights(Mapping[str, DenseSlice]):
 
         ``without``: a tensor that stays in the pack.
         """
-        total_bytes = 0
+        return sum(size_bytes for key, size_bytes in self.resident_sizes(dtype).items() if key != without)
+
+    def resident_sizes(self, dtype: torch.dtype) -> dict[str, int]:
+        """The same of each tensor."""
+        sizes = {}
         for key, file in self._files.items():
-            if key == without:
-                continue
             entry = file.entries[key]
             itemsize = dtype.itemsize if entry.dtype.is_floating_point else entry.dtype.itemsize
-            total_bytes += entry.size_bytes // entry.dtype.itemsize * itemsize
-        return total_bytes
+            sizes[key] = entry.size_bytes // entry.dtype.itemsize * itemsize
+        return sizes
 
     def close(self) -> None:
         """Close the files and let go of what the system cached of them."""

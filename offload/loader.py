@@ -13,6 +13,7 @@ from moe_offload.offload.checkpoint.transformers_loading import build_model
 from moe_offload.offload.decode.choice import fuse_decode_step
 from moe_offload.offload.dense_linears import replace_packed_linears
 from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.device_boundaries import DeviceBoundaries
 from moe_offload.offload.experts.containers import ExpertContainer, find_expert_containers
 from moe_offload.offload.experts.forwards import IMPLEMENTATION, install_expert_layer, strip_parameters
 from moe_offload.offload.experts.layer import ExpertLayer, StepState
@@ -97,9 +98,13 @@ def load_model(
     cache: ExpertCache,
     tier: ComputeTier,
     dtype: torch.dtype,
-    device: torch.device,
+    device_map: Mapping[str, torch.device],
 ) -> LoadedModel:
-    """Build the model with its dense weights; its experts come from ``tier`` as ``cache`` decides."""
+    """Build the model with its dense weights; its experts come from ``tier`` as ``cache`` decides.
+
+    ``device_map``: where modules go, by name; "" is the model.
+    """
+    device = next(iter(device_map.values()))
     residency = Residency(cache, tier)
     step = StepState()
     containers: list[ExpertContainer] = []
@@ -119,7 +124,11 @@ def load_model(
         plain = {key: dense[key] for key in dense if key not in stored.values() and key != table}
         return plain | {name: dense[key] for name, key in stored.items()}
 
-    model = build_model(folder, config, dtype=dtype, device=device, implementation=IMPLEMENTATION, prepare=prepare)
+    model = build_model(
+        folder, config, dtype=dtype, device_map=device_map, implementation=IMPLEMENTATION, prepare=prepare
+    )
+    if len(device_map) > 1:
+        DeviceBoundaries(model, device_map)
     for layer_idx, container in enumerate(containers):
         install_expert_layer(container, ExpertLayer(layer_idx, container.num_experts, residency, step))
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]

@@ -1,6 +1,6 @@
 """`OffloadedModel`: what a Python user holds."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -33,9 +33,12 @@ from moe_offload.offload.planning.memory import (
     ram_budget_bytes,
     ram_memory,
     vram_budget_bytes,
+    vram_budgets_bytes,
     vram_memory,
 )
+from moe_offload.offload.planning.placement import Placement
 from moe_offload.offload.planning.plan import PackShape, Plan, make_plan
+from moe_offload.offload.planning.vram_option import VramSize, vram_by_device
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.offload.reports import RunReport
@@ -62,9 +65,21 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"{name!r} is not a device; use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ConfigError("this machine, or this build of torch, has no CUDA device; use --device cpu")
-    return device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"there is no device cuda:{index}, but {torch.cuda.device_count()}, counted from 0")
+    return torch.device("cuda", index)
+
+
+def _first_device(name: str, vram_sizes: Mapping[int, str | int]) -> torch.device:
+    """The first of the GPUs that amounts of memory are given for."""
+    if name not in ("auto", "cuda"):
+        raise ConfigError(f"--vram says which GPUs to use; leave out --device {name}, or give --vram a single amount")
+    return _device(f"cuda:{min(vram_sizes)}")
 
 
 def _dtype(name: str | torch.dtype, config: Any) -> torch.dtype:
@@ -147,7 +162,7 @@ class OffloadedModel:
         model: str | PathLike[str],
         *,
         device: str = "auto",
-        vram: str | int = "auto",
+        vram: VramSize = "auto",
         ram: str | int = "auto",
         format: str = "auto",
         dense_format: str = "source",
@@ -170,15 +185,16 @@ class OffloadedModel:
         """Load ``model``: a pack, a checkpoint folder or a hub id (both packed first, once, into ``pack_dir``).
 
         ``vram`` and ``ram`` bound what is allocated there: bytes, "6GiB", "80%" or "auto" (what is free, less a
-        margin). ``format`` (also ``mixed:3.5``) and ``dense_format`` say how a checkpoint is packed; a pack has its
-        own. ``prefetch`` is "off", "auto" or the number of layers to look ahead; it never changes the result, and
-        neither do budgets and policies, nor ``graphs``: "on" runs decode steps on a GPU from CUDA graphs or fails, and
-        "auto" does where it can. ``miss_path`` says where a GPU's misses are computed: "copy" (there, lossless),
-        "cpu" (by the CPU, from RAM), "split" (some here, some there) or "auto" (the fastest of these, by trials in the
-        run); all but the first are exact to rounding. ``warm_start``: keep in a small file beside the pack which
-        experts were hot when the model was closed, and read those first, in the background. ``verify``: check an
-        expert's checksum on its "first" read, "always" or "off". ``trace``: a file (``.npz``) to record routing, cache
-        and times to until the model is closed, with the ids of tokens only where ``trace_tokens``; see `tracing`.
+        margin); ``vram={0: "10GiB", 1: "10GiB"}`` divides the layers among GPUs. ``format`` (also ``mixed:3.5``) and
+        ``dense_format`` say how a checkpoint is packed; a pack has its own. ``prefetch`` is "off", "auto" or the number
+        of layers to look ahead; it never changes the result, and neither do budgets and policies, nor ``graphs``: "on"
+        runs decode steps on a GPU from CUDA graphs or fails, and "auto" does where it can. ``miss_path`` says where a
+        GPU's misses are computed: "copy" (there, lossless), "cpu" (by the CPU, from RAM), "split" (some here, some
+        there) or "auto" (the fastest of these, by trials in the run); all but the first are exact to rounding.
+        ``warm_start``: keep in a small file beside the pack which experts were hot when the model was closed, and read
+        those first, in the background. ``verify``: check an expert's checksum on its "first" read, "always" or "off".
+        ``trace``: a file (``.npz``) to record routing, cache and times to until the model is closed, with the ids of
+        tokens only where ``trace_tokens``; see `tracing`.
 
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.
@@ -192,22 +208,38 @@ class OffloadedModel:
         if trace_tokens and trace is None:
             raise ConfigError("the ids of tokens can only be recorded with a trace: name its file (--trace FILE)")
         depth = parse_prefetch(prefetch)
-        torch_device = _device(device)
+        vram_sizes = vram_by_device(vram)
+        torch_device = _device(device) if vram_sizes is None else _first_device(device, vram_sizes)
         check_graphs(graphs, torch_device.type)
         folder = _folder(model)
 
-        def plan_for(pack: PackShape, config: Any, dense_bytes: int, torch_dtype: torch.dtype) -> Plan:
+        def plan_for(pack: PackShape, config: Any, dense_bytes: Mapping[str, int], torch_dtype: torch.dtype) -> Plan:
+            budgets_bytes = None if vram_sizes is None else vram_budgets_bytes(vram_sizes)
+
+            def place(cache_bytes: Sequence[int], overhead_bytes: int) -> Placement:
+                from moe_offload.offload.planning.place_model import place_model
+
+                return place_model(
+                    config,
+                    pack.layers,
+                    dense_bytes,
+                    cache_bytes,
+                    budgets_bytes=budgets_bytes or {},
+                    overhead_bytes=overhead_bytes,
+                )
+
             plan = make_plan(
                 pack,
                 config,
                 device=torch_device.type,  # type: ignore[arg-type]
                 ram_bytes=ram_budget_bytes(ram, ram_memory()),
-                vram_bytes=_vram_bytes(vram, torch_device),
+                vram_bytes=sum(budgets_bytes.values()) if budgets_bytes else _vram_bytes(vram, torch_device),
                 context_tokens=context_tokens,
                 dtype_bytes=torch_dtype.itemsize,
                 top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(pack.layers),
                 prefetch_depth=depth,
-                resident_dense_bytes=dense_bytes,
+                resident_dense_bytes=sum(dense_bytes.values()),
+                place=place if budgets_bytes and len(budgets_bytes) > 1 else None,
             )
             check_miss_path(miss_path, plan.device)
             return plan
@@ -215,8 +247,9 @@ class OffloadedModel:
         def check_budget(outline: PackOutline) -> None:
             torch_dtype = _dtype(dtype, outline.config)
             table = table_in_pack(outline.config, outline.dense_names, torch_device.type)
-            dense_bytes = outline.resident_dense_bytes(torch_dtype.itemsize, without=table)
-            plan_for(outline, outline.config, dense_bytes, torch_dtype)
+            plan_for(
+                outline, outline.config, _without(table, outline.resident_sizes(torch_dtype.itemsize)), torch_dtype
+            )
 
         with kept_if_used(trace) as writer:
             if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
@@ -238,7 +271,7 @@ class OffloadedModel:
             with DenseWeights(folder, manifest) as dense:
                 top_k = experts_per_token(config.get_text_config(decoder=True))
                 table = table_in_pack(config, dense.keys(), torch_device.type)
-                plan = plan_for(manifest, config, dense.resident_bytes(torch_dtype, without=table), torch_dtype)
+                plan = plan_for(manifest, config, _without(table, dense.resident_sizes(torch_dtype)), torch_dtype)
                 if on_plan is not None:
                     on_plan(plan)
                 if verify != "off":
@@ -255,7 +288,7 @@ class OffloadedModel:
                         cache=cache,
                         tier=tier,
                         dtype=torch_dtype,
-                        device=torch_device,
+                        device_map=plan.device_map or {"": torch_device},
                     )
                 except BaseException:
                     tier.close()
@@ -489,12 +522,17 @@ def pack_config(folder: Path) -> Any:
     return config
 
 
-def _vram_bytes(vram: str | int, device: torch.device) -> int | None:
+def _vram_bytes(vram: VramSize, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
-    memory = vram_memory(device.index or 0)
+    memory = vram_memory(device.index)
     assert memory is not None, "a CUDA device was found before"
+    assert isinstance(vram, str | int), "amounts by device are for several"
     return vram_budget_bytes(vram, memory)
+
+
+def _without(name: str | None, sizes: Mapping[str, int]) -> dict[str, int]:
+    return {each: size_bytes for each, size_bytes in sizes.items() if each != name}
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -68,7 +68,15 @@ class FakePageLock:
 class FakeDevice:
     """``eager``: kernels are ordinary torch calls, done when they are made; only copies are late."""
 
-    def __init__(self, seed: int = 0, *, eager: bool = False, page_lock: FakePageLock | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        eager: bool = False,
+        page_lock: FakePageLock | None = None,
+        beside: "FakeDevice | None" = None,
+    ) -> None:
+        """``beside``: another device that uses the same host memory."""
         self.page_lock = page_lock or FakePageLock()
         self.random = random.Random(seed)
         self.current = "compute"
@@ -81,7 +89,7 @@ class FakeDevice:
         self._lock = threading.RLock()
         self._streams: dict[str, deque[Iterator[Mark | None]]] = {"copy": deque()}
         self._blocked: dict[str, Mark | None] = {}
-        self._accesses: list[Access] = []
+        self._accesses: list[Access] = [] if beside is None else beside._accesses
         self._calls: list[tuple[Mark, Callable[[], None]]] = []
         self._work = threading.Event()
         self._thread: threading.Thread | None = None

@@ -91,10 +91,14 @@ class World:
         seed: int = 0,
         failing: float = 0.0,
         page_lock: FakePageLock | None = None,
+        num_devices: int = 1,
     ) -> None:
         self.random = random.Random(seed)
         patch.setattr(slot_copy, "PIECE_BYTES", self.random.choice([PAGE // 8, PAGE // 2, PAGE, 4 * PAGE]))
         self.device = FakeDevice(seed, page_lock=page_lock)
+        self.devices = [self.device]
+        self.devices += [FakeDevice(seed + number, beside=self.device) for number in range(1, num_devices)]
+        self.device_of_layer = [self.random.randrange(num_devices) for _ in num_experts]
         manifest = make_manifest(num_experts, num_pages or [1] * len(num_experts))
         self.blobs = {
             (layer_idx, expert_idx): self.random.randbytes(layer.slot_bytes)
@@ -127,7 +131,8 @@ class World:
         self.tier = CudaTier(
             manifest,
             self.reader,  # type: ignore[arg-type]
-            [self.device],
+            self.devices,
+            device_of_layer=self.device_of_layer,
             num_slots=num_slots,
             num_staging_slots=num_staging_slots,
             num_host_slots=num_host_slots,
@@ -138,10 +143,14 @@ class World:
         self.num_checked = 0
         self.wrong: list[str] = []
 
+    @property
+    def hazards(self) -> list[str]:
+        return [hazard for device in self.devices for hazard in device.hazards]
+
     def step(self) -> bool:
-        """The device or the disk does one thing; False if neither has anything to do."""
-        first, second = self.random.sample([self.device.step, self.reader.step], 2)
-        return first() or second()
+        """A device or the disk does one thing; False if none has anything to do."""
+        doers = [*(device.step for device in self.devices), self.reader.step]
+        return any(do() for do in self.random.sample(doers, len(doers)))
 
     def drift(self) -> None:
         """A few steps, or none."""
@@ -156,7 +165,7 @@ class World:
     def launch(self, layer_idx: int, expert_idx: int, weights: ExpertWeights) -> None:
         """A kernel that wants exactly this expert's bytes."""
         data = bytes_of(weights)
-        self.device.kernel(data, self.checked(layer_idx, expert_idx, data, "in a kernel"))
+        self.devices[self.device_of_layer[layer_idx]].kernel(data, self.checked(layer_idx, expert_idx, data, "in a kernel"))
 
     def checked(self, layer_idx: int, expert_idx: int, data: torch.Tensor, where: str) -> Callable[[str], None]:
         """What compares ``data`` with the expert's bytes."""
@@ -183,6 +192,6 @@ class World:
     def check(self) -> None:
         """Nothing went wrong so far."""
         assert not self.wrong
-        assert not self.device.hazards
+        assert not self.hazards
         self.cache.check_integrity()
         self.tier.host.check_integrity()

@@ -248,3 +248,20 @@ def test_slabs_are_page_locked_and_copies_do_not_wait():
         assert event.is_over()
         assert int(total) == 7 << 20
         queue.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_gpus_give_what_one_gives(tmp_path: Path):
+    config = make_config("mixtral")
+    pack = pack_model(str(save_random_model(config, tmp_path / "checkpoint")), tmp_path / "pack", format="source")
+    settings = {"dtype": "float32", "context_tokens": CONTEXT_TOKENS, "ram": "1GiB"}
+    with OffloadedModel.from_pretrained(pack, device="cuda:0", **settings) as model:
+        inputs = {name: tensor.to("cuda:0") for name, tensor in example_inputs(model.model.config).items()}
+        expected = run_logits(model.model, inputs)
+        overhead_bytes = model.plan.total_bytes("VRAM") - model.plan.dense_bytes - model.manifest.expert_bytes
+    half = overhead_bytes + (model.plan.dense_bytes + model.manifest.expert_bytes) // 2
+    with OffloadedModel.from_pretrained(pack, vram={0: half, 1: half}, **settings) as model:
+        assert {part.index for part in model.plan.parts} == {0, 1}
+        tokens, logits = run_logits(model.model, inputs)
+        assert torch.equal(tokens.cpu(), expected[0].cpu())
+        torch.testing.assert_close(logits.cpu(), expected[1].cpu(), rtol=1e-4, atol=1e-4)

@@ -34,6 +34,7 @@ def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> 
         num_pages=[draw.choice([1, 2]) for _ in num_experts],
         num_staging_slots=draw.randint(1, 3),
         num_host_staging_slots=draw.randint(1, 4),
+        num_devices=draw.choice([1, 1, 2]),
         page_lock=FakePageLock(draw.choice([None, None, 0, 16 * PAGE, 24 * PAGE])),
         seed=seed,
         failing=failing,
@@ -97,7 +98,8 @@ def random_prefetch(world: World) -> None:
 def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0, *, on_cpu: bool = False) -> World:
     world = random_world(patch, seed, failing)
     for _ in range(12):
-        world.device.current = world.random.choice(["compute", "compute", "another stream"])
+        for device in world.devices:
+            device.current = world.random.choice(["compute", "compute", "another stream"])
         layer_idx = world.random.randrange(world.cache.num_layers)
         num_experts = len([key for key in world.blobs if key[0] == layer_idx])
         random_step(world, num_experts, layer_idx, on_cpu)
@@ -117,7 +119,7 @@ def test_kernels_see_their_experts(block: int, failing: float, on_cpu: bool):
             world = random_run(patch, seed, failing, on_cpu=on_cpu)
             world.finish()
             world.check()
-            assert world.device.is_idle
+            assert all(device.is_idle for device in world.devices)
             assert world.residency._num_behind == 0
             assert not world.reader.reads
             assert world.num_checked % 2 == 0
@@ -145,7 +147,7 @@ def test_closing_in_flight(block: int):
             assert not world.reader.reads
             world.finish()
             assert not world.wrong
-            assert not world.device.hazards
+            assert not world.hazards
             with pytest.raises(ExpertReadError, match="closed"):
                 world.tier.host.fetch(0, 0, speculative=False, keep=True, landed=print, failed=print)
 
@@ -187,6 +189,6 @@ def test_a_missing_order_is_found(owner: type, method: str, broken: Callable[...
             patch.setattr(owner, method, broken)
             world = random_run(patch, seed, on_cpu=owner is CudaTier)
             world.finish()
-        if world.wrong or world.device.hazards:
+        if world.wrong or world.hazards:
             return
     pytest.fail("every run seemed to be right")

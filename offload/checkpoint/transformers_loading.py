@@ -98,14 +98,15 @@ def build_model(
     config: PreTrainedConfig,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device_map: Mapping[str, torch.device],
     implementation: str,
     prepare: Callable[[Any], Mapping[str, Any]],
 ) -> Any:
     """Build the model of ``config``, with an experts implementation, and fill it with what ``prepare`` returns.
 
     ``prepare`` gets the model on the meta device, takes out of it what is not to be loaded, and returns, by the names
-    of the model's state dict, tensors or slices (anything that gives a tensor for ``[...]``).
+    of the model's state dict, tensors or slices (anything that gives a tensor for ``[...]``). ``device_map``: where
+    modules go, by name, "" for the model; nothing moves activations from one device to another.
     """
 
     def fill(model: Any, load_config: Any, original: Callable[..., Any]) -> Any:
@@ -113,6 +114,12 @@ def build_model(
         return original(model, dict(tensors), None, dataclasses.replace(load_config, weight_mapping=[]))
 
     with _intercepted(fill):
-        return auto_class(config).from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": device}, experts_implementation=implementation
+        model = auto_class(config).from_pretrained(
+            folder, config=config, dtype=dtype, device_map=dict(device_map), experts_implementation=implementation
         )
+    if len(set(device_map.values())) > 1:
+        # accelerate's hooks, which look at the arguments of each and every module: some milliseconds a token.
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(model)
+    return model

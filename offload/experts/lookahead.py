@@ -54,6 +54,8 @@ class _RouterSite:
         return index if index is None or self.guess is None else torch.tensor([self.guess()])
 
     def _ask(self, residual: torch.Tensor) -> torch.Tensor | None:
+        # Of another layer, which may be on another GPU.
+        residual = residual.to(next(self.router.parameters(), residual).device, non_blocking=True)
         normed = residual if self.norm is None else self.norm.forward(residual)
         if self.takes_rows:
             normed = normed.reshape(-1, residual.shape[-1])

@@ -38,8 +38,11 @@ class PackOutline:
 
     def resident_dense_bytes(self, itemsize: int, *, without: str | None = None) -> int:
         """Bytes in memory with ``itemsize`` for each plain weight; ``without``: a tensor that stays in the pack."""
-        num_plain = sum(count for name, count in self.plain_dense.items() if name != without)
-        return itemsize * num_plain + sum(self.other_dense.values())
+        return sum(size for name, size in self.resident_sizes(itemsize).items() if name != without)
+
+    def resident_sizes(self, itemsize: int) -> dict[str, int]:
+        """The same of each tensor."""
+        return {name: itemsize * count for name, count in self.plain_dense.items()} | dict(self.other_dense)
 
 
 def outline_pack(plan: ConversionPlan, expert_format: str, dense_format: str, source_format: str) -> PackOutline:

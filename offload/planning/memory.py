@@ -1,12 +1,13 @@
 """How much memory there is, how much of it is free, and how much this process holds."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from moe_offload.errors import ConfigError
 from moe_offload.offload.planning.sizes import parse_size
 
 _GIB = 1024**3
@@ -55,6 +56,19 @@ def ram_budget_bytes(size: str | int, memory: Memory) -> int:
 def vram_budget_bytes(size: str | int, memory: Memory) -> int:
     """The same of a device's memory."""
     return _budget_bytes(size, memory, _VRAM_MARGIN_BYTES, _VRAM_MARGIN_SHARE)
+
+
+def vram_budgets_bytes(sizes: Mapping[int, str | int]) -> dict[int, int]:
+    """The same by device; ConfigError for one that is not there."""
+    import torch
+
+    budgets = {}
+    for index, size in sizes.items():
+        memory = vram_memory(index) if index < torch.cuda.device_count() else None
+        if memory is None:
+            raise ConfigError(f"there is no GPU {index} here, but {torch.cuda.device_count()}, counted from 0")
+        budgets[index] = vram_budget_bytes(size, memory)
+    return budgets
 
 
 def rss_bytes() -> int:

@@ -1,22 +1,26 @@
 """What goes where: a budget split, before anything is read, into weights, cache, workspace and expert slots."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from transformers import PreTrainedConfig
 
 from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.pack.manifest import LayerLayout
-from moe_offload.offload.planning.kv_cache import kv_cache_bytes
+from moe_offload.offload.planning.device_parts import DevicePart, device_parts, fill_parts
+from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer
+from moe_offload.offload.planning.placement import Placement
 from moe_offload.offload.planning.sizes import format_size
 from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, slots_bytes
 from moe_offload.offload.planning.workspace import prefill_chunk_tokens, workspace_bytes
 from moe_offload.quant import format_names, get_format
 
 Device = Literal["cpu", "cuda"]
+Place = Callable[[Sequence[int], int], Placement]
 _MIB = 1024**2
 # Tokenizer, modules, thread stacks, and what the allocator holds without using it.
 _RUNTIME_BYTES = {"cpu": 160 * _MIB, "cuda": 512 * _MIB}
@@ -66,6 +70,8 @@ class Plan:
     num_host_slots: tuple[int, ...]
     staging_slots: int
     num_host_staging_slots: int
+    parts: tuple[DevicePart, ...] = ()
+    """What is on each GPU, where there are several; the figures above are then of all together."""
 
     @property
     def staging_slot_bytes(self) -> int:
@@ -82,8 +88,21 @@ class Plan:
         """Share of all experts that the host slots hold."""
         return sum(self.num_host_slots) / sum(self.num_experts)
 
+    @property
+    def device_of_layer(self) -> tuple[int, ...]:
+        """For each layer with experts, which of ``parts`` it is on; 0 where there is one device."""
+        on = {layer_idx: position for position, part in enumerate(self.parts) for layer_idx in part.layers}
+        return tuple(on.get(layer_idx, 0) for layer_idx in range(len(self.num_slots)))
+
+    @property
+    def device_map(self) -> dict[str, torch.device]:
+        """What is placed where, by the names of modules; empty where there is one device."""
+        return {name: torch.device("cuda", part.index) for part in self.parts for name in part.modules}
+
     def lines(self) -> list[Line]:
         """Every use of memory, tier by tier."""
+        if self.parts:
+            return [*(line for part in self.parts for line in self._lines_of(part)), *self._host_lines()]
         tier = "RAM" if self.device == "cpu" else "VRAM"
         lines = [
             Line(tier, "dense weights", self.dense_bytes),
@@ -95,21 +114,42 @@ class Plan:
             lines.append(Line(tier, "CUDA context", self.device_context_bytes))
         lines.append(Line(tier, "expert slots", _slots_bytes(self.slot_bytes, self.num_slots)))
         if self.device == "cuda":
-            staging_bytes = self.num_host_staging_slots * self.staging_slot_bytes
-            lines.append(Line("RAM", f"staging, {self.num_host_staging_slots} slots", staging_bytes))
-            lines.append(Line("RAM", "expert slots", _slots_bytes(self.slot_bytes, self.num_host_slots)))
-        lines.append(Line("RAM", "runtime", self.runtime_bytes))
-        return lines
+            return [*lines, *self._host_lines()]
+        return [*lines, Line("RAM", "runtime", self.runtime_bytes)]
+
+    def _host_lines(self) -> list[Line]:
+        """Of the RAM below GPUs."""
+        staging_bytes = self.num_host_staging_slots * self.staging_slot_bytes
+        return [
+            Line("RAM", f"staging, {self.num_host_staging_slots} slots", staging_bytes),
+            Line("RAM", "expert slots", _slots_bytes(self.slot_bytes, self.num_host_slots)),
+            Line("RAM", "runtime", self.runtime_bytes),
+        ]
+
+    def _lines_of(self, part: DevicePart) -> list[Line]:
+        tier = _part_tier(part)
+        of_layers = [(self.slot_bytes[layer_idx], self.num_slots[layer_idx]) for layer_idx in part.layers]
+        return [
+            Line(tier, "dense weights", part.dense_bytes),
+            Line(tier, f"KV cache, {self.context_tokens} tokens", part.kv_bytes),
+            Line(tier, f"workspace, {self.prefill_chunk_tokens} tokens at once", part.workspace_bytes),
+            Line(tier, f"staging, {self.staging_slots} slots", part.staging_bytes),
+            Line(tier, "CUDA context", part.overhead_bytes),
+            Line(tier, f"slots of {len(part.layers)} layers", sum(size * slots for size, slots in of_layers)),
+        ]
 
     def total_bytes(self, tier: str) -> int:
-        """Bytes planned on "RAM" or "VRAM"."""
-        return sum(line.size_bytes for line in self.lines() if line.tier == tier)
+        """Bytes planned on "RAM" or "VRAM", all GPUs together."""
+        on_gpu = {"VRAM", *(_part_tier(part) for part in self.parts)}
+        tiers = on_gpu if tier == "VRAM" else {tier}
+        return sum(line.size_bytes for line in self.lines() if line.tier in tiers)
 
     def render(self) -> str:
         """The plan as a table of text."""
-        budgets = (
-            {"RAM": self.ram_bytes} if self.vram_bytes is None else {"VRAM": self.vram_bytes, "RAM": self.ram_bytes}
-        )
+        budgets = {_part_tier(part): part.vram_bytes for part in self.parts}
+        if self.vram_bytes is not None and not budgets:
+            budgets = {"VRAM": self.vram_bytes}
+        budgets["RAM"] = self.ram_bytes
         rows: list[tuple[str, str, int, str]] = []
         for tier, budget_bytes in budgets.items():
             rows.extend(
@@ -117,7 +157,7 @@ class Plan:
                 for line in self.lines()
                 if line.tier == tier
             )
-            total_bytes = self.total_bytes(tier)
+            total_bytes = sum(line.size_bytes for line in self.lines() if line.tier == tier)
             rows.append(
                 (tier, "total", total_bytes, f"{total_bytes / budget_bytes:4.0%} of {format_size(budget_bytes)}")
             )
@@ -142,10 +182,13 @@ def make_plan(
     top_k_per_layer: Sequence[int],
     prefetch_depth: int = 0,
     resident_dense_bytes: int | None = None,
+    place: Place | None = None,
 ) -> Plan:
     """Split the budgets; BudgetError with the smallest that works where one is too small.
 
     ``resident_dense_bytes`` is what the dense weights take once loaded, where that differs from their size in the pack.
+    ``place``: what divides the model among several GPUs, given the bytes of each cache layer and what every GPU spends
+    on workspace and the like; ``vram_bytes`` is then the sum of their budgets.
     """
     if len(top_k_per_layer) != len(manifest.layers):
         raise ConfigError(f"{len(top_k_per_layer)} values of top_k for {len(manifest.layers)} layers with experts")
@@ -163,10 +206,15 @@ def make_plan(
         dense_bytes=manifest.dense_bytes if resident_dense_bytes is None else resident_dense_bytes,
     )
     compute_bytes = ram_bytes if vram_bytes is None else vram_bytes
-    if compute_bytes < demand.smallest_bytes:
+    if place is None and compute_bytes < demand.smallest_bytes:
         option = "--ram" if device == "cpu" else "--vram"
         raise _budget_error(option, compute_bytes, demand, manifest.expert_format)
-    num_slots = fill_slots(demand.needs, compute_bytes - demand.fixed_bytes)
+    parts: tuple[DevicePart, ...] = ()
+    if place is None:
+        num_slots = fill_slots(demand.needs, compute_bytes - demand.fixed_bytes)
+    else:
+        parts = demand.parts(place)
+        num_slots = fill_parts(parts, demand.needs)
     num_host_slots, num_host_staging_slots, runtime_bytes = [0] * len(manifest.layers), 0, _RUNTIME_BYTES[device]
     if device == "cuda":
         # Reads for every layer looked ahead land beside those on demand.
@@ -192,15 +240,16 @@ def make_plan(
         prefill_chunk_tokens=demand.chunk_tokens,
         dense_bytes=demand.dense_bytes,
         kv_bytes=demand.kv_bytes,
-        workspace_bytes=demand.workspace_bytes,
+        workspace_bytes=demand.workspace_bytes * max(1, len(parts)),
         runtime_bytes=runtime_bytes,
-        device_context_bytes=_CUDA_CONTEXT_BYTES if device == "cuda" else 0,
+        device_context_bytes=_CUDA_CONTEXT_BYTES * max(1, len(parts)) if device == "cuda" else 0,
         num_experts=tuple(need.num_experts for need in demand.needs),
         slot_bytes=tuple(need.slot_bytes for need in demand.needs),
         num_slots=tuple(num_slots),
         num_host_slots=tuple(num_host_slots),
         staging_slots=demand.staging_slots,
         num_host_staging_slots=num_host_staging_slots,
+        parts=parts,
     )
 
 
@@ -225,12 +274,13 @@ class _Demand:
             config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, expert_rows=expert_rows
         )
         spare_tokens = SPARE_TOKENS if device == "cpu" else 0
-        self.kv_bytes = kv_cache_bytes(
+        self.cache_bytes = cache_bytes_per_layer(
             config,
             context_tokens=context_tokens + spare_tokens,
             dtype_bytes=dtype_bytes,
             chunk_tokens=self.chunk_tokens,
         )
+        self.kv_bytes = sum(self.cache_bytes)
         self.workspace_bytes = workspace_bytes(
             config,
             chunk_tokens=self.chunk_tokens,
@@ -242,14 +292,25 @@ class _Demand:
         # All of a token's experts can be on their way at once, however few slots their layer has.
         self.staging_slots = max(_STAGING_SLOTS, max(top_k_per_layer) - _FEWEST_SLOTS)
         self.largest_slot_bytes = max(layer.slot_bytes for layer in layers)
-        overhead_bytes = _RUNTIME_BYTES["cpu"] if device == "cpu" else _CUDA_CONTEXT_BYTES
-        staging_bytes = self.staging_slots * self.largest_slot_bytes
-        self.fixed_bytes = dense_bytes + self.kv_bytes + self.workspace_bytes + staging_bytes + overhead_bytes
+        self.overhead_bytes = _RUNTIME_BYTES["cpu"] if device == "cpu" else _CUDA_CONTEXT_BYTES
+        self.staging_bytes = self.staging_slots * self.largest_slot_bytes
+        self.fixed_bytes = dense_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes + self.overhead_bytes
 
     @property
     def smallest_bytes(self) -> int:
         """The smallest budget that works: every layer at its floor."""
         return self.fixed_bytes + slots_bytes(self.needs, [need.floor for need in self.needs])
+
+    def parts(self, place: Place) -> tuple[DevicePart, ...]:
+        """What each of several GPUs holds."""
+        each_bytes = self.workspace_bytes + self.staging_bytes + self.overhead_bytes
+        return device_parts(
+            place(self.cache_bytes, each_bytes),
+            self.cache_bytes,
+            workspace_bytes=self.workspace_bytes,
+            staging_bytes=self.staging_bytes,
+            overhead_bytes=self.overhead_bytes,
+        )
 
     def replaced(self, *, layers: Sequence[LayerLayout] | None = None, context_tokens: int | None = None) -> "_Demand":
         """The demand with other experts or another context."""
@@ -324,6 +385,10 @@ def _typed(size_bytes: int) -> str:
 
 def _slots_bytes(slot_bytes: Sequence[int], num_slots: Sequence[int]) -> int:
     return sum(size * slots for size, slots in zip(slot_bytes, num_slots, strict=True))
+
+
+def _part_tier(part: DevicePart) -> str:
+    return f"GPU {part.index}"
 
 
 def _slots_phrase(num_slots: Sequence[int], num_experts: Sequence[int]) -> str:

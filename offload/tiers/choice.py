@@ -19,10 +19,12 @@ def make_tier(manifest: PackManifest, folder: Path, plan: Plan, device: torch.de
     try:
         if plan.device == "cpu":
             return CpuTier(manifest, reader, num_slots=plan.num_slots, num_staging_slots=plan.staging_slots)
+        devices = [torch.device("cuda", part.index) for part in plan.parts] or [device]
         return CudaTier(
             manifest,
             reader,
-            [CudaQueue(device)],
+            [CudaQueue(each) for each in devices],
+            device_of_layer=plan.device_of_layer,
             num_slots=plan.num_slots,
             num_staging_slots=plan.staging_slots,
             num_host_slots=plan.num_host_slots,
