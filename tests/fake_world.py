@@ -165,7 +165,8 @@ class World:
     def launch(self, layer_idx: int, expert_idx: int, weights: ExpertWeights) -> None:
         """A kernel that wants exactly this expert's bytes."""
         data = bytes_of(weights)
-        self.devices[self.device_of_layer[layer_idx]].kernel(data, self.checked(layer_idx, expert_idx, data, "in a kernel"))
+        device = self.devices[self.device_of_layer[layer_idx]]
+        device.kernel(data, self.checked(layer_idx, expert_idx, data, "in a kernel"))
 
     def checked(self, layer_idx: int, expert_idx: int, data: torch.Tensor, where: str) -> Callable[[str], None]:
         """What compares ``data`` with the expert's bytes."""
