@@ -73,7 +73,10 @@ def test_logits_are_those_of_copying(
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=1e-4, atol=1e-4)
     by_cpu = model.stats.computed_on_cpu
-    assert (by_cpu > 0) == (model.model.config.model_type != "llama4_text"), "its experts are scored before they run"
+    if model.model.config.model_type == "llama4_text":  # its rows are scored before they reach the experts
+        assert by_cpu == 0
+    elif miss_path != "auto":  # whose trials may not meet a miss
+        assert by_cpu > 0
     assert model.stats.bytes_read > 0
     wait_for_the_device(model)
     check(model)
