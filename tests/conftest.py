@@ -12,6 +12,9 @@ import torch
 from faulty_disk import FaultyDisk
 
 torch.set_num_threads(1)
+# Before triton is imported: its kernels run on a GPU, or in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # What a script starts in the background ignores Ctrl-C, and so do its children; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,11 +1,15 @@
 """Slot kernels in plain torch, on any device: what the others are tested against, and what runs without them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_offload.quant.slot_kernels.slot_mlp import SlotMlp
+from moe_offload.quant.slot_kernels.slot_mlp import SlotMlp, SlotPart
+
+Linear = Callable[[SlotPart, Tensor, Tensor], Tensor]
+"""A matrix, the slot it lies in, and rows ``x [T, K]``, to ``x @ W.T``."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class PlainKernels:
         for row, row_slots in enumerate(slots.tolist()):
             for k, slot in enumerate(row_slots):
                 if slot >= 0:
-                    outputs[row, k] = expert_output(mlp, slab[slot], x[row : row + 1].float())[0]
+                    outputs[row, k] = self.expert_output(mlp, slab[slot], x[row : row + 1].float())[0]
 
     def decode_layer(
         self, mlp: SlotMlp, slab: Tensor, slots: Tensor, x: Tensor, weights: Tensor, result: Tensor
@@ -48,17 +52,25 @@ class PlainKernels:
         ends = offsets.tolist()
         for slot, begin, end in zip(slots.tolist(), ends, ends[1:], strict=False):
             if slot >= 0 and begin < end:
-                y = expert_output(mlp, slab[slot], x[x_rows[begin:end]])
+                y = self.expert_output(mlp, slab[slot], x[x_rows[begin:end]])
                 outputs[out_rows[begin:end]] = y.to(outputs.dtype)
 
+    def expert_output(self, mlp: SlotMlp, slot: Tensor, x: Tensor) -> Tensor:
+        """One expert's MLP, from the bytes of its slot: ``x [T, in]`` to ``[T, H]`` in the dtype of x."""
+        return with_biases(mlp, slot, x, _linear)
 
-def expert_output(mlp: SlotMlp, slot: Tensor, x: Tensor) -> Tensor:
-    """One expert's MLP: ``x [T, in]`` to ``[T, H]``, from the bytes of its slot, in the dtype of x."""
-    hidden = [part.format.linear(x, part.packed(slot), (part.shape[0], part.shape[1])) for part in mlp.up]
+
+def with_biases(mlp: SlotMlp, slot: Tensor, x: Tensor, linear: Linear) -> Tensor:
+    """One expert's MLP, ``x [T, in]`` to ``[T, H]`` in the dtype of x, by whatever multiplies with its matrices."""
+    hidden = [linear(part, slot, x) for part in mlp.up]
     inner = torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0]
     if mlp.up_bias is not None:
         inner = inner + mlp.up_bias.vector(slot).to(inner.dtype)
-    output = mlp.down.format.linear(mlp.activation(inner), mlp.down.packed(slot), (mlp.output_size, mlp.inner_size))
+    output = linear(mlp.down, slot, mlp.activation(inner))
     if mlp.down_bias is not None:
         output = output + mlp.down_bias.vector(slot).to(output.dtype)
     return output
+
+
+def _linear(part: SlotPart, slot: Tensor, x: Tensor) -> Tensor:
+    return part.format.linear(x, part.packed(slot), (part.shape[0], part.shape[1]))
