@@ -56,10 +56,10 @@ def test_json_and_back():
 
 def test_experts_lie_one_after_the_other():
     layer = manifest().layers[1]
-    assert [(e.file, e.offset_bytes) for e in layer.experts] == [
+    assert [(e.file, e.offset_bytes) for e in layer.experts.values()] == [
         ("experts-00001.safetensors", 4096 + 8192 * expert_idx) for expert_idx in range(3)
     ]
-    assert [e.checksum for e in layer.experts] == list(layer.checksums)
+    assert [e.checksum for e in layer.experts.values()] == list(layer.checksums)
 
 
 def test_sizes():
@@ -67,15 +67,15 @@ def test_sizes():
     assert manifest().dense_bytes == 100
 
 
-@pytest.mark.parametrize("version", [0, 2, 1 << 40])
+@pytest.mark.parametrize("version", [0, 3, 1 << 40])
 def test_another_version(version):
-    with pytest.raises(PackVersionError, match=f"format version {version}, this moe-offload reads 1"):
+    with pytest.raises(PackVersionError, match=f"format version {version}, this moe-offload reads 1 and 2"):
         PackManifest.from_json(edited("version", value=version))
 
 
 def test_another_version_is_told_even_if_the_rest_changed():
     with pytest.raises(PackVersionError):
-        PackManifest.from_json('{"format": "moe-offload-pack", "version": 2, "new": 1}')
+        PackManifest.from_json('{"format": "moe-offload-pack", "version": 3, "new": 1}')
 
 
 LAYER = ("layers", 0)
@@ -293,8 +293,8 @@ def test_what_is_not_a_file(tmp_path, make):
 def test_a_version_error_names_the_pack(tmp_path):
     tiny_packs.write_pack(tmp_path)
     path = tmp_path / "pack.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(PackVersionError, match=r"pack\.json: the pack has format version 2"):
+    path.write_text(path.read_text().replace('"version": 1', '"version": 3'))
+    with pytest.raises(PackVersionError, match=r"pack\.json: the pack has format version 3"):
         read_manifest(tmp_path)
 
 

@@ -53,7 +53,7 @@ def test_expert_files_are_safetensors(pack):
 def test_experts_lie_where_the_manifest_says(pack):
     manifest = tiny_packs.write_pack(pack)
     for layer_idx, layer in enumerate(manifest.layers):
-        for expert_idx, expert in enumerate(layer.experts):
+        for expert_idx, expert in layer.experts.items():
             assert expert.offset_bytes % 4096 == 0
             data = (pack / expert.file).read_bytes()[expert.offset_bytes :][: layer.slot_bytes]
             assert data == tiny_packs.expert_bytes(layer_idx, expert_idx)

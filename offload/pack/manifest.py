@@ -15,6 +15,9 @@ from moe_offload.offload.pack.strict_json import Fields, JsonShapeError, parse
 
 FORMAT_NAME = "moe-offload-pack"
 FORMAT_VERSION = 1
+SHARE_VERSION = (
+    2  # of packs that hold a part of the experts: those who know version 1 alone must not take them for whole
+)
 MANIFEST_NAME = "pack.json"
 JOURNAL_NAME = "pack.journal"
 SLOT_ALIGNMENT_BYTES = 4096
@@ -97,11 +100,15 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class LayerSpec(LayerLayout):
-    """One layer's experts: one after the other in one file, from ``first_offset_bytes`` on."""
+    """One layer's experts: one after the other in one file, from ``first_offset_bytes`` on.
+
+    ``held``: those that the pack holds, in this order; None for all of them.
+    """
 
     file: str
     first_offset_bytes: int
     checksums: tuple[str, ...] = field(repr=False)
+    held: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,24 +117,29 @@ class LayerSpec(LayerLayout):
             self.first_offset_bytes > 0 and self.first_offset_bytes % SLOT_ALIGNMENT_BYTES == 0,
             f"{self.file}: experts start at {self.first_offset_bytes}, no multiple of {SLOT_ALIGNMENT_BYTES}",
         )
-        _check(
-            len(self.checksums) == self.num_experts,
-            f"{self.file}: {len(self.checksums)} checksums for {self.num_experts} experts",
-        )
+        if self.held is not None:
+            rising = all(before < after for before, after in zip((-1, *self.held), self.held, strict=False))
+            _check(
+                bool(self.held) and rising and self.held[-1] < self.num_experts,
+                f"{self.file}: the experts held are none, or not in order, or not among {self.num_experts}",
+            )
+        num_held = self.num_experts if self.held is None else len(self.held)
+        _check(len(self.checksums) == num_held, f"{self.file}: {len(self.checksums)} checksums for {num_held} experts")
         _check(all(map(_CHECKSUM.fullmatch, self.checksums)), f"{self.file}: a checksum is not 16 hex digits")
 
     @cached_property
-    def experts(self) -> tuple[ExpertSpec, ...]:
-        """Every expert's place, by ``expert_idx``."""
-        return tuple(
-            ExpertSpec(self.file, self.first_offset_bytes + expert_idx * self.slot_bytes, checksum)
-            for expert_idx, checksum in enumerate(self.checksums)
-        )
+    def experts(self) -> Mapping[int, ExpertSpec]:
+        """The place of every expert that is there, by ``expert_idx``."""
+        held = range(self.num_experts) if self.held is None else self.held
+        return {
+            expert_idx: ExpertSpec(self.file, self.first_offset_bytes + place * self.slot_bytes, checksum)
+            for place, (expert_idx, checksum) in enumerate(zip(held, self.checksums, strict=True))
+        }
 
     @property
     def end_bytes(self) -> int:
         """The length that the file has at least."""
-        return self.first_offset_bytes + self.num_experts * self.slot_bytes
+        return self.first_offset_bytes + len(self.checksums) * self.slot_bytes
 
 
 @dataclass(frozen=True)
@@ -164,8 +176,13 @@ class PackManifest:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts, padding included."""
-        return sum(layer.num_experts * layer.slot_bytes for layer in self.layers)
+        """Bytes of all experts that are there, padding included."""
+        return sum(len(layer.checksums) * layer.slot_bytes for layer in self.layers)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds every expert."""
+        return all(layer.held is None for layer in self.layers)
 
     @property
     def dense_bytes(self) -> int:
@@ -174,11 +191,11 @@ class PackManifest:
 
     def to_json(self) -> str:
         """The text of ``pack.json``: a line per layer and dense file."""
-        head = {"format": FORMAT_NAME, "version": FORMAT_VERSION}
+        head = {"format": FORMAT_NAME, "version": FORMAT_VERSION if self.is_whole else SHARE_VERSION}
         head |= {key: getattr(self, key) for key in _TEXTS}
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         for key, entries in (("layers", self.layers), ("dense", self.dense)):
-            rows = ",\n".join("  " + json.dumps(asdict(entry)) for entry in entries)
+            rows = ",\n".join("  " + json.dumps(_without_none(asdict(entry))) for entry in entries)
             lines.append(f' "{key}": [\n{rows}\n ]' if rows else f' "{key}": []')
         lines.append(f' "extra": {json.dumps(dict(self.extra))}')
         return "{\n" + ",\n".join(lines) + "\n}\n"
@@ -191,10 +208,11 @@ class PackManifest:
             if fields.text("format") != FORMAT_NAME:
                 _corrupt(f"its format is not {FORMAT_NAME!r}")
             version = fields.integer("version")
-            if version != FORMAT_VERSION:
-                newer = "update moe-offload" if version > FORMAT_VERSION else REPACK
+            if version not in (FORMAT_VERSION, SHARE_VERSION):
+                newer = "update moe-offload" if version > SHARE_VERSION else REPACK
                 raise PackVersionError(
-                    f"the pack has format version {version}, this moe-offload reads {FORMAT_VERSION}; {newer}"
+                    f"the pack has format version {version}, this moe-offload reads {FORMAT_VERSION} and "
+                    f"{SHARE_VERSION}; {newer}"
                 )
             manifest = cls(
                 source=fields.text("source"),
@@ -209,6 +227,8 @@ class PackManifest:
             fields.done()
         except JsonShapeError as error:
             _corrupt(str(error))
+        if manifest.is_whole != (version == FORMAT_VERSION):
+            _corrupt(f"format version {version} does not go with the experts that it lists")
         return manifest
 
 
@@ -254,6 +274,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> PackManifest:
 def layer_from_json(value: Any) -> LayerSpec:
     """One element of ``layers``; raises JsonShapeError or PackCorruptError."""
     fields = Fields(value, "a layer")
+    held = fields.integers("held") if fields.has("held") else None
     layer = LayerSpec(
         module=fields.text("module"),
         num_experts=fields.integer("num_experts"),
@@ -262,6 +283,7 @@ def layer_from_json(value: Any) -> LayerSpec:
         file=fields.text("file"),
         first_offset_bytes=fields.integer("first_offset_bytes"),
         checksums=tuple(fields.texts("checksums")),
+        held=None if held is None else tuple(held),
     )
     fields.done()
     return layer
@@ -286,6 +308,10 @@ def _part_from_json(value: Any) -> PartSpec:
     )
     fields.done()
     return part
+
+
+def _without_none(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def _check_files(folder: Path, manifest: PackManifest) -> None:

@@ -14,7 +14,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from moe_offload._version import VERSION
 from moe_offload.errors import ConfigError, FormatError, SourceError, UnsupportedModelError
-from moe_offload.offload.checkpoint.conversion import Checkpoint, ConversionPlan, ExpertParamSource, plan_conversion
+from moe_offload.offload.checkpoint.conversion import (
+    Checkpoint,
+    ConversionPlan,
+    ExpertParamSource,
+    ParamSource,
+    plan_conversion,
+)
 from moe_offload.offload.checkpoint.shard_file import DTYPE_NAMES
 from moe_offload.offload.checkpoint.shards import Shards, ShardSource
 from moe_offload.offload.checkpoint.source_quantization import Packed, codec_for
@@ -27,6 +33,7 @@ from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, re
 from moe_offload.offload.pack.mixed import MIXED, canonical, mixed_bits, weight_formats
 from moe_offload.offload.pack.outline import PackOutline, outline_pack
 from moe_offload.offload.pack.room import check_room
+from moe_offload.offload.pack.share import Share
 from moe_offload.offload.pack.writer import PackWriter
 from moe_offload.offload.planning.memory import give_freed_memory_back
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
@@ -136,20 +143,27 @@ def _expert_bytes(plan: ConversionPlan, layer_idx: int) -> int:
 
 
 def _write_layer(
-    plan: ConversionPlan, layer_idx: int, formats: Mapping[str, str], writer: PackWriter, progress: ProgressSink
+    plan: ConversionPlan,
+    layer_idx: int,
+    formats: Mapping[str, str],
+    share: Share | None,
+    writer: PackWriter,
+    progress: ProgressSink,
 ) -> None:
     plan.checkpoint.fetch(_layer_keys(plan, layer_idx))
     planned, layout = _plan_parts(plan, layer_idx, formats)
     expert_bytes = _expert_bytes(plan, layer_idx)
     ahead = 2 if 4 * expert_bytes <= WINDOW_BYTES else 1  # an expert takes about twice its size while it is converted
-    with writer.layer(layer_idx, layout) as layer, ThreadPoolExecutor(ahead) as pool:
+    held = None if share is None else share.held(layout.num_experts)
+    expert_ids = range(layout.num_experts) if held is None else held
+    with writer.layer(layer_idx, layout, held) as layer, ThreadPoolExecutor(ahead) as pool:
         building: list[Future[torch.Tensor]] = []
-        for expert_idx in range(layout.num_experts + ahead):
-            if expert_idx < layout.num_experts:
-                building.append(pool.submit(_build_expert, plan, planned, layout.slot_bytes, expert_idx))
-            if expert_idx >= ahead - 1 and building:
+        for place in range(len(expert_ids) + ahead):
+            if place < len(expert_ids):
+                building.append(pool.submit(_build_expert, plan, planned, layout.slot_bytes, expert_ids[place]))
+            if place >= ahead - 1 and building:
                 # Not kept by a name: the next expert is built before this one would be forgotten.
-                layer.write_expert(expert_idx - ahead + 1, building.pop(0).result().numpy().data)
+                layer.write_expert(expert_ids[place - ahead + 1], building.pop(0).result().numpy().data)
                 progress.advance(expert_bytes)
 
 
@@ -182,16 +196,30 @@ def _write_dense(
     writer.dense_file(name, tensors())
 
 
+def _num_held(plan: ConversionPlan, layer_idx: int, share: Share | None) -> int:
+    num_experts = plan.containers[layer_idx].num_experts
+    return num_experts if share is None else len(share.held(num_experts))
+
+
+def _dense_of(plan: ConversionPlan, share: Share | None) -> list[tuple[int, ParamSource]]:
+    """The dense parameters of a pack: of shares but rank 0's, which runs the model, only those inside the experts."""
+    if share is None or share.rank == 0:
+        return list(enumerate(plan.dense))
+    inside = tuple(f"{container.name}." for container in plan.containers)
+    return [(index, source) for index, source in enumerate(plan.dense) if source.target.startswith(inside)]
+
+
 def _pack(
     plan: ConversionPlan,
     writer: PackWriter,
     formats: Sequence[Mapping[str, str]],
     dense_format: str,
+    share: Share | None,
     progress: ProgressSink,
 ) -> None:
     """Everything of the checkpoint, by the last shard that each part needs."""
     dense_by_shard: dict[int, list[int]] = {}
-    for index, source in enumerate(plan.dense):
+    for index, source in _dense_of(plan, share):
         dense_by_shard.setdefault(plan.checkpoint.last_shard(source.all_keys()), []).append(index)
     layers_by_shard: dict[int, list[int]] = {}
     for layer_idx in range(len(plan.experts)):
@@ -206,9 +234,9 @@ def _pack(
             plan.checkpoint.done([key for index in indices for key in plan.dense[index].all_keys()])
         for layer_idx in layers_by_shard.get(shard, []):
             if layer_idx in done_layers:
-                progress.advance(_expert_bytes(plan, layer_idx) * plan.containers[layer_idx].num_experts)
+                progress.advance(_expert_bytes(plan, layer_idx) * _num_held(plan, layer_idx, share))
             else:
-                _write_layer(plan, layer_idx, formats[layer_idx], writer, progress)
+                _write_layer(plan, layer_idx, formats[layer_idx], share, writer, progress)
             plan.checkpoint.done(_layer_keys(plan, layer_idx))
 
 
@@ -245,10 +273,11 @@ def plan_packing(name: str, config_folder: Path, shard_source: ShardSource) -> C
     return plan_conversion(skeleton, containers, Checkpoint(shards, codec_for(shards, settings)))
 
 
-def _total_bytes(plan: ConversionPlan, source: CheckpointSource) -> int:
+def _total_bytes(plan: ConversionPlan, source: CheckpointSource, share: Share | None) -> int:
     """For the progress bar: bytes to download, and of the model unquantised, from its shapes."""
-    expert_bytes = sum(_expert_bytes(plan, i) * container.num_experts for i, container in enumerate(plan.containers))
-    return _dense_bytes(plan, range(len(plan.dense))) + expert_bytes + source.shards.download_bytes
+    expert_bytes = sum(_expert_bytes(plan, i) * _num_held(plan, i, share) for i in range(len(plan.containers)))
+    dense_bytes = _dense_bytes(plan, (index for index, _ in _dense_of(plan, share)))
+    return dense_bytes + expert_bytes + source.shards.download_bytes
 
 
 def pack_model(
@@ -260,6 +289,7 @@ def pack_model(
     dense_format: str = SOURCE,
     revision: str | None = None,
     token: str | None = None,
+    share: Share | None = None,
     progress: ProgressSink = NULL_PROGRESS,
     check: Callable[[PackOutline], None] | None = None,
 ) -> Path:
@@ -269,7 +299,8 @@ def pack_model(
     folder of the pack. ``name`` is what the pack calls its source, by default the hub id or the folder's path.
     ``check`` may refuse the pack to come, by raising, before weights are downloaded or read; it is not asked where the
     sizes are not known by then, in a quantised checkpoint that keeps its bits. A disk without room for the pack is
-    refused then too, except with the format ``source``.
+    refused then too, except with the format ``source``. ``share``: only that rank's experts, and the dense part for
+    rank 0 alone.
     Raises `SourceError`, `UnsupportedModelError`, `FormatError`, `DiskFullError` or `ConfigError`.
     """
     _check_formats(format, dense_format)
@@ -277,8 +308,8 @@ def pack_model(
     source = open_source(model, revision=revision, token=token)
     # ``auto`` keeps the bits of a quantised checkpoint.
     expert_format = canonical(format) if format != AUTO else SOURCE if source.is_quantized else DEFAULT_FORMAT
-    folder = output or packs_dir() / pack_name(source, expert_format, dense_format)
-    if _is_finished(folder, source, expert_format, dense_format):
+    folder = output or packs_dir() / pack_name(source, expert_format, dense_format, share)
+    if _is_finished(folder, source, expert_format, dense_format, share):
         return folder
     plan = plan_packing(source.name, source.config_folder, source.shards)
     formats = weight_formats(plan.containers, expert_format)
@@ -287,7 +318,7 @@ def pack_model(
         if check is not None:
             check(outline)
         if expert_format != SOURCE:  # else the checkpoint's dtypes decide, which may not be the model's
-            check_room(folder, outline)
+            check_room(folder, outline, share)
     name = name or source.name
     identity = {
         "source": name,
@@ -296,13 +327,13 @@ def pack_model(
         "expert_format": expert_format,
         "dense_format": dense_format,
         "version": VERSION,
-    }
+    } | ({} if share is None else {"share": str(share)})
     try:
         with PackWriter(folder, identity=identity) as writer:
             doing = "downloading and packing" if source.shards.download_bytes else "packing"
-            progress.start(f"{doing} {name} to {expert_format}", _total_bytes(plan, source))
+            progress.start(f"{doing} {name} to {expert_format}", _total_bytes(plan, source, share))
             source.shards.on_bytes = progress.advance
-            _pack(plan, writer, formats, dense_format, progress)
+            _pack(plan, writer, formats, dense_format, share, progress)
             for path in source.small_files():
                 writer.copy_file(path)
             writer.finish(
@@ -319,17 +350,23 @@ def pack_model(
     return folder
 
 
-def _is_finished(folder: Path, source: CheckpointSource, expert_format: str, dense_format: str) -> bool:
+def _is_finished(
+    folder: Path, source: CheckpointSource, expert_format: str, dense_format: str, share: Share | None
+) -> bool:
     """Whether the folder holds the pack of this very checkpoint in these formats."""
     if not is_pack(folder):
         return False
     manifest = read_manifest(folder)
     found = (manifest.extra.get("fingerprint"), manifest.expert_format, manifest.dense_format)
-    return found == (source.fingerprint, expert_format, dense_format)
+    held = [None if share is None else share.held(layer.num_experts) for layer in manifest.layers]
+    return (
+        found == (source.fingerprint, expert_format, dense_format) and [layer.held for layer in manifest.layers] == held
+    )
 
 
-def pack_name(source: CheckpointSource, expert_format: str, dense_format: str) -> str:
-    """A folder name that tells the model, its state and the formats."""
+def pack_name(source: CheckpointSource, expert_format: str, dense_format: str, share: Share | None = None) -> str:
+    """A folder name that tells the model, its state, the formats, and whose share it is."""
     stem = "".join(c if c.isalnum() or c in "-._" else "-" for c in source.name.strip("/")).strip("-.")
     dense = "" if dense_format == SOURCE else f"-dense-{dense_format}"
-    return f"{stem[-80:]}-{source.fingerprint[:12]}-{expert_format.replace(':', '-')}{dense}"
+    part = "" if share is None else f"-share-{share.rank}-of-{share.num_ranks}"
+    return f"{stem[-80:]}-{source.fingerprint[:12]}-{expert_format.replace(':', '-')}{dense}{part}"

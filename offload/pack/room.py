@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moe_offload.errors import DiskFullError
 from moe_offload.offload.pack.outline import PackOutline
+from moe_offload.offload.pack.share import Share
 from moe_offload.offload.planning.sizes import format_size
 
 
@@ -16,9 +17,11 @@ def free_bytes(folder: Path) -> int:
     return space.f_bavail * space.f_frsize
 
 
-def check_room(folder: Path, outline: PackOutline) -> None:
+def check_room(folder: Path, outline: PackOutline, share: Share | None = None) -> None:
     """Raise DiskFullError if what is still to be written does not fit, with plain dense weights in 16 bits."""
-    whole_bytes = sum(layer.num_experts * layer.slot_bytes for layer in outline.layers) + outline.dense_bytes
+    num_held = [len(share.held(layer.num_experts)) if share else layer.num_experts for layer in outline.layers]
+    whole_bytes = sum(held * layer.slot_bytes for held, layer in zip(num_held, outline.layers, strict=True))
+    whole_bytes += outline.dense_bytes if share is None or share.rank == 0 else 0
     there_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     needed_bytes, room_bytes = whole_bytes - there_bytes, free_bytes(folder)
     if needed_bytes > room_bytes:

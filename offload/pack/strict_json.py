@@ -49,6 +49,13 @@ class Fields:
     def _wrong(self, key: str, expected: str, value: Any) -> NoReturn:
         raise JsonShapeError(f"{key!r} of {self._where} is not {expected}: {value!r:.60}")
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there, with something other than null."""
+        if self._values.get(key) is None:
+            self._values.pop(key, None)
+            return False
+        return True
+
     def text(self, key: str) -> str:
         """A string."""
         value = self._take(key)

@@ -7,7 +7,7 @@ comes last. So a folder with ``pack.json`` holds a whole pack, and one without i
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -46,18 +46,19 @@ _OWN_NAME = re.compile(
 class LayerWriter:
     """Takes the experts of one layer in order."""
 
-    def __init__(self, file: PartialFile, layout: LayerLayout) -> None:
+    def __init__(self, file: PartialFile, layout: LayerLayout, expert_ids: Sequence[int]) -> None:
         self._file = file
         self._layout = layout
+        self._expert_ids = expert_ids
         self.checksums: list[str] = []
 
     def write_expert(self, expert_idx: int, data: bytes | bytearray | memoryview) -> None:
         """Append one expert's ``slot_bytes``, padding included; raises DiskFullError."""
         view = memoryview(data).cast("B")
-        if expert_idx != len(self.checksums) or len(view) != self._layout.slot_bytes:
+        expected = self._expert_ids[len(self.checksums)] if len(self.checksums) < len(self._expert_ids) else None
+        if expert_idx != expected or len(view) != self._layout.slot_bytes:
             raise ValueError(
-                f"expected expert {len(self.checksums)} in {self._layout.slot_bytes} bytes, "
-                f"got expert {expert_idx} in {len(view)}"
+                f"expected expert {expected} in {self._layout.slot_bytes} bytes, got expert {expert_idx} in {len(view)}"
             )
         self._file.write(view)
         self.checksums.append(xxhash.xxh3_64_hexdigest(view))
@@ -112,17 +113,21 @@ class PackWriter:
         return set(self._dense)
 
     @contextmanager
-    def layer(self, layer_idx: int, layout: LayerLayout) -> Iterator[LayerWriter]:
-        """Write one layer's experts; the layer counts when the block ends with all of them written, else not at all."""
+    def layer(self, layer_idx: int, layout: LayerLayout, held: Sequence[int] | None = None) -> Iterator[LayerWriter]:
+        """Write one layer's experts; the layer counts when the block ends with all of them written, else not at all.
+
+        ``held``: those that the pack is to hold, in order; None for all.
+        """
         if layer_idx in self._layers:
             raise ValueError(f"layer {layer_idx} is already written")
         path = self._folder / f"experts-{layer_idx:05d}.safetensors"
+        expert_ids = range(layout.num_experts) if held is None else held
         header = header_bytes(
             (f"layers.{layer_idx}.experts.{expert_idx}", "U8", (layout.slot_bytes,), layout.slot_bytes)
-            for expert_idx in range(layout.num_experts)
+            for expert_idx in expert_ids
         )
-        with PartialFile(path, len(header) + layout.num_experts * layout.slot_bytes) as file:
-            writer = LayerWriter(file, layout)
+        with PartialFile(path, len(header) + len(expert_ids) * layout.slot_bytes) as file:
+            writer = LayerWriter(file, layout, expert_ids)
             file.write(header)
             yield writer
             spec = LayerSpec(
@@ -133,6 +138,7 @@ class PackWriter:
                 file=path.name,
                 first_offset_bytes=len(header),
                 checksums=tuple(writer.checksums),
+                held=None if held is None else tuple(held),
             )
             file.commit()
         self._journal.append({"layer": layer_idx, "spec": asdict(spec)})
