@@ -38,6 +38,12 @@ def chat(
     Where input or output is not a terminal, one message is read from the input (a question of our own if it is empty),
     the answer alone goes to the output, and everything else to the error output.
     """
+    from moe_offload.cli.ranks import serve, serves_experts, started_by_torchrun
+
+    if serves_experts():
+        serve(model, given(load))
+        return
+
     from rich.text import Text
 
     from moe_offload.cli.answer_view import AnswerView, MarkdownView, PlainView
@@ -57,6 +63,7 @@ def chat(
         rich_view = interactive and not plain and notes.is_terminal and not notes.is_dumb_terminal
         view: AnswerView = MarkdownView(notes) if rich_view else PlainView(sys.stdout, thinking=interactive)
         session = ChatSession(opened.model, opened.name, sampling, view, notes, system)
+        session.ends_when_stopped = started_by_torchrun()
         if message is not None:
             notes.print(Text(f"> {message}", style="dim"))
             if session.answer(message).stopped:

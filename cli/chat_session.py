@@ -16,7 +16,7 @@ from moe_offload.cli.sampling import Sampling
 from moe_offload.cli.slash_commands import COMMANDS
 from moe_offload.cli.transcript import Turn
 from moe_offload.cli.user_text import mended
-from moe_offload.errors import MoeOffloadError
+from moe_offload.errors import MoeOffloadError, PeerLostError
 
 _COMMAND = re.compile(r"/([a-z]+)(!?)(?:\s+(.*))?", re.DOTALL)
 
@@ -33,6 +33,8 @@ class ChatSession:
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
     over: bool = False
+    ends_when_stopped: bool = False
+    """Whether Ctrl-C, which stops an answer, is the end: where whoever started this process takes it for that."""
 
     def run(self, read_message: Callable[[], str]) -> None:
         """Read and answer until /exit or the end of the input; errors are shown, and the conversation goes on."""
@@ -45,8 +47,11 @@ class ChatSession:
                 return
             try:
                 if message and not self._command(message):
-                    self.answer(message)
+                    stopped = self.answer(message).stopped
                     self.notes.print()
+                    self.over |= stopped and self.ends_when_stopped
+            except PeerLostError:
+                raise
             except (MoeOffloadError, OSError) as error:
                 self.notes.print(Text(f"Error: {error}", style="red"))
 

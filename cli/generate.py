@@ -51,6 +51,11 @@ def generate(
 
     The text goes to the output, everything else to the error output. Ctrl-C ends the text early.
     """
+    from moe_offload.cli.ranks import serve, serves_experts
+
+    if serves_experts():
+        serve(model, given(load))
+        return
     prompt = prompt if prompt is not None else _piped_prompt()
     if system is not None and chat_template is False:
         raise click.UsageError("--system needs a chat; leave out --raw.")

@@ -15,6 +15,7 @@ from rich.text import Text
 from moe_offload._version import VERSION
 from moe_offload.cli.lazy_group import is_debug
 from moe_offload.cli.progress import TerminalProgress
+from moe_offload.cli.ranks import group_if_any
 from moe_offload.cli.report import format_seconds
 from moe_offload.cli.sampling import Sampling
 from moe_offload.errors import ConfigError
@@ -52,20 +53,22 @@ def open_model(name: str | None, load: Mapping[str, Any], console: Console) -> I
             from moe_offload.offload.model import OffloadedModel
 
             silence_transformers()
-        try:
-            if name is None:
-                from moe_offload.offload.demo.build import demo_budget, ensure_demo
+        with group_if_any(load.get("device", "auto")) as group:
+            try:
+                if name is None:
+                    from moe_offload.offload.demo.build import demo_budget, ensure_demo
 
-                path, name = str(ensure_demo(progress)), "the built-in demo"
-                load = demo_budget(load.get("device", "auto")) | dict(load)
-            else:
-                path = name
-            _refuse_other_formats(path, load)
-            model = OffloadedModel.from_pretrained(path, on_progress=progress, on_plan=show_plan, **load)
-        finally:
-            progress.abandon()
-        with model:
-            yield OpenedModel(model, name, time.monotonic() - started_s)
+                    path = str(ensure_demo(progress) if group is None else group.in_turn(ensure_demo, "demo"))
+                    name, load = "the built-in demo", demo_budget(load.get("device", "auto")) | dict(load)
+                else:
+                    path = name
+                _refuse_other_formats(path, load)
+                shared: dict[str, Any] = {} if group is None else {"group": group}
+                model = OffloadedModel.from_pretrained(path, on_progress=progress, on_plan=show_plan, **load, **shared)
+            finally:
+                progress.abandon()
+            with model:
+                yield OpenedModel(model, name, time.monotonic() - started_s)
         if (trace := load.get("trace")) is not None and Path(trace).exists():
             console.print(Text(f"trace written to {trace}"), style="dim")
 
@@ -92,6 +95,7 @@ def banner(opened: OpenedModel, sampling: Sampling) -> Text:
         ("format", f"experts {manifest.expert_format}, the rest {manifest.dense_format}"),
         ("answers", exactness(manifest, opened.model.miss_path)),
         ("experts", residence(opened.model.plan)),
+        *([] if opened.model.group is None else [("ranks", opened.model.group.note)]),
         ("kernels", backend_name()),
         ("sampling", str(sampling)),
         ("loaded", f"in {format_seconds(opened.load_s)}"),

@@ -20,6 +20,8 @@ def report_line(run: Run, *, max_new_tokens: int | None = None) -> str:
     ]
     if max_new_tokens is not None and run.new_tokens >= max_new_tokens:
         parts[-1] += " (the limit; --max-new-tokens)"
+    if run.num_ranks > 1:
+        parts.append(f"{format_seconds(run.peer_wait_s)} for other ranks, {format_size(run.peer_bytes)} exchanged")
     return _SEPARATOR.join(parts)
 
 
@@ -34,6 +36,11 @@ def totals(stats: Run) -> list[tuple[str, str]]:
         ("experts", f"{stats.hits + stats.misses} asked for, {_hits(stats)} found in memory{on_cpu}"),
         ("read", f"{format_size(stats.bytes_read)} from the disk{copied}"),
         *([("warm start", f"{stats.warmed} experts")] if stats.warmed else []),
+        *(
+            [("ranks", f"{stats.num_ranks}; waited {format_seconds(stats.peer_wait_s)} for others")]
+            if stats.num_ranks > 1
+            else []
+        ),
         ("stalled", format_seconds(stats.stall_s)),
         (
             "prefetched",
@@ -67,6 +74,9 @@ def cache_figures(run: Run) -> dict[str, Any]:
         "prefetch_recall": run.prefetch_recall,
         "warmed": run.warmed,
         "computed_on_cpu": run.computed_on_cpu,
+        "num_ranks": run.num_ranks,
+        "peer_wait_s": run.peer_wait_s,
+        "peer_bytes": run.peer_bytes,
     }
 
 

@@ -33,7 +33,7 @@ class LoadedModel:
     step: StepState
 
 
-def _check_containers(containers: Sequence[ExpertContainer], manifest: PackManifest) -> None:
+def check_containers(containers: Sequence[ExpertContainer], manifest: PackManifest) -> None:
     """The model that transformers builds has the layers that the pack was made for, and experts of the same shapes.
 
     Kernels read as many numbers as a part's shape says, wherever they end.
@@ -111,7 +111,7 @@ def load_model(
 
     def prepare(model: Any) -> Mapping[str, Any]:
         containers.extend(find_expert_containers(model))
-        _check_containers(containers, manifest)
+        check_containers(containers, manifest)
         renamed = replace_packed_linears(model, manifest.dense_format)
         for container in containers:
             strip_parameters(container)

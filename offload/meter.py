@@ -1,11 +1,28 @@
 """What has been counted at one moment, and the figures of what has happened between two."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from moe_offload.cache import PrefetchCounts, StatsSnapshot
 from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.reports import RunReport
+
+_SUMMED = (
+    "hits",
+    "misses",
+    "bytes_read",
+    "bytes_copied",
+    "prefetch_issued",
+    "prefetch_used",
+    "prefetch_late",
+    "prefetch_wasted",
+    "prefetch_used_bytes",
+    "prefetch_wasted_bytes",
+    "warmed",
+    "computed_on_cpu",
+)
 
 
 class Reading(NamedTuple):
@@ -21,17 +38,20 @@ class Reading(NamedTuple):
     num_warmed: int
     computed_on_cpu: int
     lookahead: LookaheadCounts
+    peer_wait_s: float = 0.0
+    peer_bytes: int = 0
+    peers: Sequence[RunReport] = ()
 
 
 class Meter:
     """What residency and lookahead have counted, and the difference between two moments."""
 
-    def __init__(self, residency: Residency, lookahead: Lookahead) -> None:
+    def __init__(self, residency: Residency, lookahead: Lookahead | None = None) -> None:
         self.residency, self._lookahead = residency, lookahead
 
     def read(self) -> Reading:
         """The counts now."""
-        residency = self.residency
+        residency, peers, lookahead = self.residency, self.residency.peers, self._lookahead
         return Reading(
             cache=residency.cache.stats.snapshot(),
             guesses=residency.guesses.counts,
@@ -42,7 +62,10 @@ class Meter:
             stall_s=residency.stall_s,
             num_warmed=residency.num_warmed,
             computed_on_cpu=residency.computed_on_cpu,
-            lookahead=self._lookahead.counts,
+            lookahead=LookaheadCounts() if lookahead is None else lookahead.counts,
+            peer_wait_s=0.0 if peers is None else peers.wait_s,
+            peer_bytes=0 if peers is None else peers.num_bytes,
+            peers=() if peers is None else peers.reports(),
         )
 
     def since(self, earlier: Reading, **times: Any) -> RunReport:
@@ -56,7 +79,7 @@ class Meter:
         guesses = later.guesses - earlier.guesses
         prefetch = counts.prefetch + guesses
         guessed = guesses.used + guesses.late  # to the cache they were misses: it does not know of staging
-        return RunReport(
+        own = RunReport(
             hits=counts.total.hits + guessed,
             misses=counts.total.misses + counts.total.bypassed - guessed,
             bytes_read=later.bytes_read - earlier.bytes_read,
@@ -71,5 +94,20 @@ class Meter:
             prefetch_recall=(later.lookahead - earlier.lookahead).recall,
             warmed=later.num_warmed - earlier.num_warmed,
             computed_on_cpu=later.computed_on_cpu - earlier.computed_on_cpu,
+            peer_wait_s=later.peer_wait_s - earlier.peer_wait_s,
+            peer_bytes=later.peer_bytes - earlier.peer_bytes,
             **times,
         )
+        return _with_peers(own, earlier.peers, later.peers)
+
+
+def _with_peers(own: RunReport, earlier: Sequence[RunReport], later: Sequence[RunReport]) -> RunReport:
+    """What all ranks have done between two readings of theirs."""
+    if not later:
+        return own
+    sums: dict[str, Any] = {name: getattr(own, name) for name in _SUMMED}
+    stall_s = own.stall_s
+    for before, after in zip(earlier or [RunReport()] * len(later), later, strict=True):
+        sums = {name: value + getattr(after, name) - getattr(before, name) for name, value in sums.items()}
+        stall_s = max(stall_s, after.stall_s - before.stall_s)
+    return replace(own, **sums, stall_s=stall_s, num_ranks=1 + len(later))

@@ -8,26 +8,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from moe_offload.cache import DEFAULT_POLICY, LEARNED, ExpertCache, policy_names
 from moe_offload.cache.learned import make_learned_policy
 from moe_offload.cache.trace_writer import TraceWriter, kept_if_used
-from moe_offload.errors import ConfigError, PackCorruptError, SourceError
+from moe_offload.errors import ConfigError, SourceError
 from moe_offload.offload.dense_weights import DenseWeights
+from moe_offload.offload.devices import pick_device
 from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.miss_path import COPY, check_miss_path
 from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_prefetch
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
+from moe_offload.offload.first_use import find_pack, pack_config
 from moe_offload.offload.generation import Generator
 from moe_offload.offload.graphs.choice import check_graphs, decode_graphs
 from moe_offload.offload.learning.predictor_file import load_predictor
 from moe_offload.offload.loader import LoadedModel, load_model
 from moe_offload.offload.meter import Meter
-from moe_offload.offload.pack.manifest import JOURNAL_NAME, PackManifest, is_pack, read_manifest
+from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.pack.outline import PackOutline
-from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.pack.shared_out import check_share, shape_of_share
 from moe_offload.offload.planning.memory import (
     give_freed_memory_back,
     ram_budget_bytes,
@@ -40,13 +42,15 @@ from moe_offload.offload.planning.placement import Placement
 from moe_offload.offload.planning.plan import PackShape, Plan, make_plan
 from moe_offload.offload.planning.vram_option import VramSize, vram_by_device
 from moe_offload.offload.planning.workspace import experts_per_token
-from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
+from moe_offload.offload.progress import ProgressSink
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.row_embedding import table_in_pack
 from moe_offload.offload.tiers.choice import make_tier
 from moe_offload.offload.tiers.compute_tier import ComputeTier
 
 if TYPE_CHECKING:  # what most runs do without, and imports a good deal
+    from moe_offload.offload.parallel.group import ExpertGroup
+    from moe_offload.offload.parallel.remote_experts import RemoteExperts
     from moe_offload.offload.profiling.prompts import OnPrompt, Prompt
     from moe_offload.offload.profiling.report import ProfileReport
     from moe_offload.offload.profiling.run_facts import Rates
@@ -56,30 +60,11 @@ CLOSE_TIMEOUT_S = 10.0
 VERIFY_MODES = ("first", "always", "off")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"{name!r} is not a device; use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use auto, cpu or cuda")
-    if device.type != "cuda":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("this machine, or this build of torch, has no CUDA device; use --device cpu")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"there is no device cuda:{index}, but {torch.cuda.device_count()}, counted from 0")
-    return torch.device("cuda", index)
-
-
 def _first_device(name: str, vram_sizes: Mapping[int, str | int]) -> torch.device:
     """The first of the GPUs that amounts of memory are given for."""
     if name not in ("auto", "cuda"):
         raise ConfigError(f"--vram says which GPUs to use; leave out --device {name}, or give --vram a single amount")
-    return _device(f"cuda:{min(vram_sizes)}")
+    return pick_device(f"cuda:{min(vram_sizes)}")
 
 
 def _dtype(name: str | torch.dtype, config: Any) -> torch.dtype:
@@ -115,15 +100,19 @@ class OffloadedModel:
         hot_set: HotSetFile | None = None,
         trace: TraceWriter | None = None,
         trace_tokens: bool = False,
+        group: "ExpertGroup | None" = None,
+        peers: "RemoteExperts | None" = None,
     ) -> None:
         """For `from_pretrained`."""
+        self.group = group
+        self._peers = loaded.residency.peers = peers
         self.model, self.tokenizer = loaded.model, tokenizer
         self.plan, self.manifest = plan, manifest
         self._residency, self._step = loaded.residency, loaded.step
         modules = [layer.module for layer in manifest.layers]
         lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
         loaded.step.predictor = lookahead
-        clock, turn = StepClock(self.model, lambda: loaded.step.prefill, loaded.residency.cache), Turn()
+        clock, turn = StepClock(self.model, lambda: loaded.step.prefill, loaded.residency.num_missed), Turn()
         if plan.device != "cpu":
             loaded.residency.take_miss_path(miss_path, clock, turn)
         PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, clock, turn)
@@ -179,6 +168,7 @@ class OffloadedModel:
         pack_dir: str | PathLike[str] | None = None,
         trace: str | PathLike[str] | None = None,
         trace_tokens: bool = False,
+        group: "ExpertGroup | None" = None,
         on_progress: ProgressSink | None = None,
         on_plan: Callable[[Plan], None] | None = None,
     ) -> Self:
@@ -194,7 +184,8 @@ class OffloadedModel:
         ``warm_start``: keep in a small file beside the pack which experts were hot when the model was closed, and read
         those first, in the background. ``verify``: check an expert's checksum on its "first" read, "always" or "off".
         ``trace``: a file (``.npz``) to record routing, cache and times to until the model is closed, with the ids of
-        tokens only where ``trace_tokens``; see `tracing`.
+        tokens only where ``trace_tokens``; see `tracing`. ``group``: other processes that hold a part of the experts
+        each, and call `serve_experts` meanwhile (docs/scaling.md); budgets are of each process, and this one is rank 0.
 
         Raises `BudgetError` with the smallest budget that works, before anything is read; `ConfigError`,
         `SourceError`, `UnsupportedModelError`, `PackError`.
@@ -207,11 +198,17 @@ class OffloadedModel:
             raise ConfigError(f"context_tokens is {context_tokens}; it must be 1 or more")
         if trace_tokens and trace is None:
             raise ConfigError("the ids of tokens can only be recorded with a trace: name its file (--trace FILE)")
+        if group is not None and trace is not None:
+            raise ConfigError("a trace is of one process that has all experts; record it without torchrun")
         depth = parse_prefetch(prefetch)
         vram_sizes = vram_by_device(vram)
-        torch_device = _device(device) if vram_sizes is None else _first_device(device, vram_sizes)
+        if group is not None and vram_sizes is not None:
+            raise ConfigError("every rank computes on one GPU: give --vram a single amount, or leave out torchrun")
+        local_rank = None if group is None else group.place.local_rank
+        torch_device = pick_device(device, local_rank) if vram_sizes is None else _first_device(device, vram_sizes)
         check_graphs(graphs, torch_device.type)
-        folder = _folder(model)
+        share = None if group is None else group.share
+        free_ram = ram_memory() if group is None else group.ram
 
         def plan_for(pack: PackShape, config: Any, dense_bytes: Mapping[str, int], torch_dtype: torch.dtype) -> Plan:
             budgets_bytes = None if vram_sizes is None else vram_budgets_bytes(vram_sizes)
@@ -229,10 +226,10 @@ class OffloadedModel:
                 )
 
             plan = make_plan(
-                pack,
+                shape_of_share(pack, share),
                 config,
                 device=torch_device.type,  # type: ignore[arg-type]
-                ram_bytes=ram_budget_bytes(ram, ram_memory()),
+                ram_bytes=ram_budget_bytes(ram, free_ram),
                 vram_bytes=sum(budgets_bytes.values()) if budgets_bytes else _vram_bytes(vram, torch_device),
                 context_tokens=context_tokens,
                 dtype_bytes=torch_dtype.itemsize,
@@ -252,19 +249,20 @@ class OffloadedModel:
             )
 
         with kept_if_used(trace) as writer:
-            if not is_pack(folder) and not (folder / JOURNAL_NAME).exists():  # half a pack is refused further down
-                folder = pack_model(
-                    str(model),
-                    Path(pack_dir) if pack_dir is not None else None,
-                    format=format,
-                    dense_format=dense_format,
-                    revision=revision,
-                    token=token,
-                    progress=on_progress or NULL_PROGRESS,
-                    check=check_budget,
-                )
+            folder = find_pack(
+                model,
+                group,
+                pack_dir=pack_dir,
+                format=format,
+                dense_format=dense_format,
+                revision=revision,
+                token=token,
+                progress=on_progress,
+                check=check_budget,
+            )
             give_freed_memory_back()
             manifest = read_manifest(folder)
+            check_share(manifest, share, folder)
             config = pack_config(folder)
             torch_dtype = _dtype(dtype, config)
             tokenizer = _tokenizer(folder)
@@ -274,10 +272,13 @@ class OffloadedModel:
                 plan = plan_for(manifest, config, _without(table, dense.resident_sizes(torch_dtype)), torch_dtype)
                 if on_plan is not None:
                     on_plan(plan)
+                if group is not None:
+                    group.agree(manifest)
                 if verify != "off":
                     dense.check()
                 made = make_learned_policy(load_predictor(folder, manifest)) if policy == LEARNED else policy
-                cache = ExpertCache(plan.num_experts, plan.num_slots, made)
+                num_experts = [layer.num_experts for layer in manifest.layers]
+                cache = ExpertCache(num_experts, plan.num_slots, made)
                 tier = make_tier(manifest, folder, plan, torch_device, verify)  # type: ignore[arg-type]
                 try:
                     loaded = load_model(
@@ -293,7 +294,8 @@ class OffloadedModel:
                 except BaseException:
                     tier.close()
                     raise
-            hot_set = HotSetFile(folder, plan.num_experts) if warm_start else None
+            hot_set = HotSetFile(folder, num_experts, share) if warm_start else None
+            peers = None if group is None else group.open_peers(torch_device)
             return cls(
                 loaded,
                 tokenizer,
@@ -308,6 +310,8 @@ class OffloadedModel:
                 hot_set=hot_set,
                 trace=writer,
                 trace_tokens=trace_tokens,
+                group=group,
+                peers=peers,
             )
 
     # -- text --
@@ -485,6 +489,8 @@ class OffloadedModel:
         self._step.closed = True
         self._graphs.close()
         self._residency.close()
+        if self._peers is not None:
+            self._peers.close()
         if self._recording is not None:
             self._recording.end()
 
@@ -502,24 +508,6 @@ def _sampling(arguments: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(arguments) - known):
         raise ConfigError(f"unknown arguments {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return {"temperature": None, "top_p": None, "top_k": None} | arguments
-
-
-def _folder(model: str | PathLike[str]) -> Path:
-    try:
-        return Path(model).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{str(model)!r}: {error}") from error
-
-
-def pack_config(folder: Path) -> Any:
-    """The config of a pack's model, which is never quantised: its experts are in slots, its dense part is plain."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise PackCorruptError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _vram_bytes(vram: VramSize, device: torch.device) -> int | None:

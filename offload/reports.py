@@ -12,6 +12,9 @@ class RunReport:
     those used were hits, some of which were waited for (late); those wasted left unused, some of them cut off halfway.
     ``warmed`` experts were read back by a warm start. Of the misses, so many as ``computed_on_cpu`` were computed from
     host memory, and not copied to the GPU for it.
+
+    Where ``num_ranks`` share the experts, counts are of all of them together, ``stall_s`` is the largest of any;
+    ``peer_wait_s`` is the time in which rank 0 waited for others, ``peer_bytes`` what crossed the network.
     """
 
     prompt_tokens: int = 0
@@ -32,6 +35,9 @@ class RunReport:
     prefetch_recall: float = 0.0
     warmed: int = 0
     computed_on_cpu: int = 0
+    num_ranks: int = 1
+    peer_wait_s: float = 0.0
+    peer_bytes: int = 0
 
     @property
     def tokens_per_s(self) -> float:

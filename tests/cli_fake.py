@@ -28,6 +28,9 @@ class FakeRun:
     prefetch_recall: float = 0.5
     warmed: int = 0
     computed_on_cpu: int = 0
+    num_ranks: int = 1
+    peer_wait_s: float = 0.0
+    peer_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class FakeModel:
     replies: list[Any] = field(default_factory=lambda: [["Hello", " there."]])
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     manifest: FakeManifest = field(default_factory=FakeManifest)
+    group: None = None
     plan: FakePlan = field(default_factory=FakePlan)
     model: Any = field(default_factory=lambda: types.SimpleNamespace(generation_config=None))
     last_run: FakeRun | None = None

@@ -5,6 +5,7 @@ import torch
 from moe_offload.cli.param_types import VramType
 from moe_offload.errors import ConfigError
 from moe_offload.offload import model as model_module
+from moe_offload.offload.devices import pick_device
 from moe_offload.offload.model import OffloadedModel
 from moe_offload.offload.planning import memory
 from moe_offload.offload.planning.memory import Memory, vram_budgets_bytes
@@ -46,11 +47,11 @@ def test_devices_are_counted_from_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert model_module._device("cuda") == torch.device("cuda", 1)
-    assert model_module._device("cuda:0") == torch.device("cuda", 0)
+    assert pick_device("cuda") == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0)
     assert model_module._first_device("auto", {1: "auto", 0: "auto"}) == torch.device("cuda", 0)
     with pytest.raises(ConfigError, match="no device cuda:2, but 2"):
-        model_module._device("cuda:2")
+        pick_device("cuda:2")
 
 
 def test_on_the_command_line():

@@ -87,7 +87,7 @@ def _machine(workload: Workload) -> dict[str, Any]:
 
 
 def _pack_figures(pack: Path, name: str) -> PackFigures:
-    from moe_offload.offload.model import pack_config
+    from moe_offload.offload.first_use import pack_config
     from moe_offload.offload.pack.manifest import read_manifest
     from moe_offload.offload.planning.workspace import experts_per_token
 

@@ -19,7 +19,8 @@ from moe_offload.offload.bench.settings import Job, Workload
 from moe_offload.offload.bench.traffic import prompt_operations, routed_expert_bytes, token_traffic
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
-from moe_offload.offload.model import OffloadedModel, pack_config
+from moe_offload.offload.first_use import pack_config
+from moe_offload.offload.model import OffloadedModel
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss_bytes, reset_peak_rss, rss_bytes
 from moe_offload.offload.planning.plan import make_plan

@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from moe_offload.offload.reports import RunReport
+
 Answers = Iterable[tuple[int, torch.Tensor]]
 """Experts and their outputs, as they come in; to iterate is to wait."""
 
@@ -24,6 +26,21 @@ class Call(IntEnum):
 class Peers(Protocol):
     """The processes that share out a model's experts; the same experts of every layer to each."""
 
+    @property
+    def num_missed(self) -> int:
+        """Experts that decode steps asked of others, and that were in no slot there."""
+
+    @property
+    def wait_s(self) -> float:
+        """Time spent waiting for others."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes sent and received."""
+
+    def reports(self) -> Sequence[RunReport]:
+        """What each of the others has counted so far."""
+
     def is_here(self, expert_idx: int) -> bool:
         """Whether this process holds the expert."""
 
@@ -34,6 +51,9 @@ class Peers(Protocol):
 
         Answers that nobody waits for are dropped.
         """
+
+    def new_sequence(self) -> None:
+        """Another text begins."""
 
     def prefetch(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """A layer will probably ask for these experts, likeliest first: tell those who hold them."""

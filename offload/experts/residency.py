@@ -108,6 +108,10 @@ class Residency:
         """Experts that a warm start has brought."""
         return self._num_warmed
 
+    def num_missed(self) -> int:
+        """Experts that decode steps have asked for and that were in no slot, here or elsewhere."""
+        return self.cache.stats.num_missed("decode") + (0 if self.peers is None else self.peers.num_missed)
+
     @property
     def computed_on_cpu(self) -> int:
         """Experts that the CPU has computed for another device."""
@@ -131,6 +135,8 @@ class Residency:
     def new_sequence(self) -> None:
         """Another text begins."""
         self.cache.new_sequence()
+        if self.peers is not None:
+            self.peers.new_sequence()
 
     # -- a step --
 

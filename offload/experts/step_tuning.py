@@ -8,8 +8,6 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from moe_offload.cache import ExpertCache
-
 TRIAL_STEPS = 5
 TRIALS = 3
 HOLD_STEPS = 400
@@ -211,9 +209,9 @@ class StepTuner(Generic[Setting]):
 class StepClock:
     """Times the decode steps of a model for its tuners."""
 
-    def __init__(self, model: nn.Module, is_prefill: Callable[[], bool], cache: ExpertCache) -> None:
-        """``is_prefill``: whether this thread's pass is a prompt."""
-        self._is_prefill, self._cache = is_prefill, cache
+    def __init__(self, model: nn.Module, is_prefill: Callable[[], bool], count_missed: Callable[[], int]) -> None:
+        """``is_prefill``: whether this thread's pass is a prompt; ``count_missed``: of decode steps, since loading."""
+        self._is_prefill, self._count_missed = is_prefill, count_missed
         self._record: list[Callable[[float, int], None]] = []
         self._begin_s: float | None = None
         self._num_missed = 0
@@ -231,7 +229,7 @@ class StepClock:
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         now_s = time.perf_counter()
         if self._record and self._begin_s is not None and not self._is_prefill():
-            num_missed = self._cache.stats.num_missed("decode")
+            num_missed = self._count_missed()
             for record in self._record:
                 record(now_s - self._begin_s, num_missed - self._num_missed)
             self._num_missed = num_missed

@@ -12,6 +12,7 @@ import xxhash
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.home import home_dir
 from moe_offload.offload.pack.manifest import MANIFEST_NAME
+from moe_offload.offload.pack.share import Share
 
 HOT_SET_NAME = ".hot-set.json"
 # One is read while another is verified; more would only hold up the first step's own reads.
@@ -24,11 +25,16 @@ class HotSetFile:
     It is a hint: what cannot be read or written, or is of another pack, is as if it were not there.
     """
 
-    def __init__(self, folder: Path, num_experts: Sequence[int]) -> None:
-        """Reads nothing yet."""
+    def __init__(self, folder: Path, num_experts: Sequence[int], share: Share | None = None) -> None:
+        """Reads nothing yet. ``share``: ranks that share out the experts of one pack have a file each."""
         self._num_experts = list(num_experts)
         self._pack_id = xxhash.xxh3_64_hexdigest((folder / MANIFEST_NAME).read_bytes())
-        self._paths = [folder / HOT_SET_NAME, home_dir() / "hot-sets" / f"{self._pack_id}.json"]
+        part = "" if share is None else f".{share.rank}-of-{share.num_ranks}"
+        self._share = share
+        self._paths = [
+            folder / HOT_SET_NAME.replace(".json", f"{part}.json"),
+            home_dir() / "hot-sets" / f"{self._pack_id}{part}.json",
+        ]
 
     def load(self) -> list[list[int]]:
         """Each layer's experts, hottest first; none where nothing usable was saved."""
@@ -48,6 +54,7 @@ class HotSetFile:
         return all(
             isinstance(experts, list)
             and all(type(expert_idx) is int and 0 <= expert_idx < num_experts for expert_idx in experts)
+            and (self._share is None or all(map(self._share.has, experts)))
             and len(set(experts)) == len(experts)
             for experts, num_experts in zip(layers, self._num_experts, strict=True)
         )

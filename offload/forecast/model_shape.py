@@ -102,7 +102,7 @@ def open_shape(model: str, *, revision: str | None = None, token: str | None = N
     """
     path = Path(os.path.expanduser(model))
     if is_pack(path):
-        from moe_offload.offload.model import pack_config
+        from moe_offload.offload.first_use import pack_config
 
         return PackedShape(model, path, read_manifest(path), pack_config(path))
     if path.is_dir():

@@ -183,12 +183,14 @@ def make_plan(
     prefetch_depth: int = 0,
     resident_dense_bytes: int | None = None,
     place: Place | None = None,
+    experts_only: bool = False,
 ) -> Plan:
     """Split the budgets; BudgetError with the smallest that works where one is too small.
 
     ``resident_dense_bytes`` is what the dense weights take once loaded, where that differs from their size in the pack.
     ``place``: what divides the model among several GPUs, given the bytes of each cache layer and what every GPU spends
     on workspace and the like; ``vram_bytes`` is then the sum of their budgets.
+    ``experts_only``: for a process that computes experts for another, which runs the model and has its KV cache.
     """
     if len(top_k_per_layer) != len(manifest.layers):
         raise ConfigError(f"{len(top_k_per_layer)} values of top_k for {len(manifest.layers)} layers with experts")
@@ -204,6 +206,7 @@ def make_plan(
         dtype_bytes=dtype_bytes,
         top_k_per_layer=top_k_per_layer,
         dense_bytes=manifest.dense_bytes if resident_dense_bytes is None else resident_dense_bytes,
+        experts_only=experts_only,
     )
     compute_bytes = ram_bytes if vram_bytes is None else vram_bytes
     if place is None and compute_bytes < demand.smallest_bytes:
@@ -266,7 +269,9 @@ class _Demand:
         dtype_bytes: int,
         top_k_per_layer: Sequence[int],
         dense_bytes: int,
+        experts_only: bool,
     ) -> None:
+        self.experts_only = experts_only
         self.layers, self.config, self.device, self.context_tokens = layers, config, device, context_tokens
         self.dtype_bytes, self.top_k_per_layer, self.dense_bytes = dtype_bytes, top_k_per_layer, dense_bytes
         expert_rows = max(sum(part.shape[0] for part in layer.parts if len(part.shape) > 1) for layer in layers)
@@ -274,12 +279,14 @@ class _Demand:
             config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, expert_rows=expert_rows
         )
         spare_tokens = SPARE_TOKENS if device == "cpu" else 0
-        self.cache_bytes = cache_bytes_per_layer(
-            config,
-            context_tokens=context_tokens + spare_tokens,
-            dtype_bytes=dtype_bytes,
-            chunk_tokens=self.chunk_tokens,
-        )
+        self.cache_bytes: list[int] = []
+        if not experts_only:
+            self.cache_bytes = cache_bytes_per_layer(
+                config,
+                context_tokens=context_tokens + spare_tokens,
+                dtype_bytes=dtype_bytes,
+                chunk_tokens=self.chunk_tokens,
+            )
         self.kv_bytes = sum(self.cache_bytes)
         self.workspace_bytes = workspace_bytes(
             config,
@@ -322,6 +329,7 @@ class _Demand:
             dtype_bytes=self.dtype_bytes,
             top_k_per_layer=self.top_k_per_layer,
             dense_bytes=self.dense_bytes,
+            experts_only=self.experts_only,
         )
 
 

@@ -11,7 +11,12 @@ MoeOffloadError
 ├── PackError              an expert pack cannot be used
 │   ├── PackIncompleteError    packing was not finished
 │   ├── PackVersionError       written by another version of the format
+│   ├── PackShareError         holds a part of the experts, and not the part that is needed
 │   └── PackCorruptError       damaged: missing or truncated file, wrong checksum, manifest that does not add up
+├── GroupError             processes that share a model's experts cannot go on together
+│   ├── GroupMismatchError     they were started with different models, formats or versions
+│   ├── PeerFailedError        one of them cannot go on, and has said why
+│   └── PeerLostError          one of them is gone, or gives no sign of life
 ├── ReportError            a profile report cannot be read or compared
 ├── ExpertReadError        the disk failed while an expert was read, after retries
 └── ExpertCopyError        the device failed while an expert was copied to it
@@ -70,8 +75,28 @@ class PackVersionError(PackError):
     """The pack was written by another version of the format."""
 
 
+class PackShareError(PackError):
+    """The pack holds a part of the experts, and not the part that is needed."""
+
+
 class PackCorruptError(PackError):
     """The pack is damaged."""
+
+
+class GroupError(MoeOffloadError):
+    """Processes that share a model's experts cannot go on together."""
+
+
+class GroupMismatchError(GroupError):
+    """They were started with different models, formats or versions."""
+
+
+class PeerFailedError(GroupError):
+    """One of them cannot go on, and has said why."""
+
+
+class PeerLostError(GroupError):
+    """One of them is gone, or gives no sign of life."""
 
 
 class ReportError(MoeOffloadError):
