@@ -72,6 +72,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
     ),
+    "Qwen3-Next-80B-A3B": (
+        "qwen3_next",
+        {
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 64,
+            # of the layers added, one of four attends, as in the model
+            "layer_types": ["full_attention", *["linear_attention"] * 3, "full_attention"],
+        },
+        {
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
     "GLM-4.7-Flash": (
         "glm4_moe_lite",
         {
@@ -143,7 +163,8 @@ def measure(pack: Path, tokens: int, prompt_tokens: int, with_profile: bool) -> 
                 pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(25)
     added = LAYERS[1] - LAYERS[0]
     layer_s, alone_s = (many - few) / added, (many_alone - few_alone) / added
-    dense_bytes = sum(p.nbytes for p in layers[-1].parameters()) + sum(b.nbytes for b in layers[-1].buffers())
+    held = [tensor for layer in layers[LAYERS[0] :] for tensor in (*layer.parameters(), *layer.buffers())]
+    dense_bytes = sum(tensor.nbytes for tensor in held) / added
     return {
         "layer_s": layer_s,
         "rest_s": few - LAYERS[0] * layer_s,

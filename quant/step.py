@@ -34,6 +34,7 @@ class _Attention(ctypes.Structure):
         ("scaling", ctypes.c_float),
         ("sinks_dtype", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
+        ("is_gated", ctypes.c_int32),
     )
 
 
@@ -124,6 +125,7 @@ class AttentionWeights:
     """What one attention module holds. ``sinks`` [heads] or None.
 
     ``half_tables``: cosines and sines are given for the first half of what rotates, the second has the same.
+    ``is_gated``: ``query`` gives each head's query and then its gate, whose sigmoid is a factor of the head's result.
     """
 
     query: RawWeight | PackedProjection
@@ -138,6 +140,7 @@ class AttentionWeights:
     head_dim: int
     scaling: float
     half_tables: bool
+    is_gated: bool = False
 
 
 class AttentionCall:
@@ -156,6 +159,7 @@ class AttentionCall:
             weights.scaling,
             sinks_dtype,
             DTYPES[dtype],
+            weights.is_gated,
         )
         self._address = ctypes.addressof(self._structure)
 

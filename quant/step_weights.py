@@ -31,11 +31,12 @@ class PackedProjection:
 
 @dataclass(frozen=True)
 class Norm:
-    """``x / rms(x) * weight [width]``; ``rounds_first``: to the dtype of x before the weight too, as in Llama."""
+    """``x / rms(x) * (weight + offset) [width]``; ``rounds_first``: to the dtype of x before that too, as in Llama."""
 
     weight: Tensor
     epsilon: float
     rounds_first: bool
+    offset: float = 0.0
 
 
 class RawWeightStructure(ctypes.Structure):
@@ -61,6 +62,7 @@ class NormStructure(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("epsilon", ctypes.c_float),
+        ("offset", ctypes.c_float),
         ("weight_dtype", ctypes.c_int32),
         ("rounds_first", ctypes.c_int32),
     )
@@ -95,7 +97,8 @@ def norm_structure(norm: Norm | None) -> NormStructure:
     if norm is None:
         return NormStructure()
     weight = norm.weight
-    return NormStructure(weight.data_ptr(), weight.shape[0], norm.epsilon, DTYPES[weight.dtype], norm.rounds_first)
+    dtype = DTYPES[weight.dtype]
+    return NormStructure(weight.data_ptr(), weight.shape[0], norm.epsilon, norm.offset, dtype, norm.rounds_first)
 
 
 def projection_structure(projection: RawWeight | PackedProjection | None) -> ProjectionStructure:

@@ -122,14 +122,15 @@ def attention(dtype: torch.dtype, *, at_end: bool) -> None:
         return guarded(torch.randn(shape).to(dtype), at_end=at_end)
 
     hidden, num_heads, capacity = 100, 6, 9
-    for num_kv_heads, head_dim in itertools.product((2, 6), (32, 50)):
-        print("attention", dtype, num_kv_heads, head_dim, flush=True)
-        query, key, value = (RawWeight(random(n * head_dim, hidden)) for n in (num_heads, num_kv_heads, num_kv_heads))
+    for num_kv_heads, head_dim, is_gated in itertools.product((2, 6), (32, 50), (True, False)):
+        print("attention", dtype, num_kv_heads, head_dim, is_gated, flush=True)
+        query = RawWeight(random(num_heads * head_dim * (2 if is_gated else 1), hidden))
+        key, value = (RawWeight(random(num_kv_heads * head_dim, hidden)) for _ in range(2))
         norm = Norm(random(head_dim), 1e-6, True)
         call = AttentionCall(
             AttentionWeights(
                 *(query, key, value, RawWeight(random(hidden, num_heads * head_dim))),
-                *(norm, norm, random(num_heads), num_heads, num_kv_heads, head_dim, 0.1, False),
+                *(norm, norm, random(num_heads), num_heads, num_kv_heads, head_dim, 0.1, False, is_gated),
             ),
             dtype,
         )

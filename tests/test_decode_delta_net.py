@@ -1,4 +1,4 @@
-"""Fused decode steps of models with gated delta nets against their own forwards."""
+"""Fused decode steps of models with gated delta nets, and gated attention, against their own forwards."""
 
 import copy
 from collections.abc import Iterator
@@ -13,7 +13,9 @@ from decode_runs import DECODE_STEPS, PROMPT_TOKENS, counted_calls, decode, fuse
 from family_runs import load_smallest
 from transformers import DynamicCache
 
+from moe_offload.offload.decode.attention import FusedAttention
 from moe_offload.offload.decode.delta_net import FusedDeltaNet
+from moe_offload.offload.decode.norms import FusedNorm
 from moe_offload.quant import backend_name
 from moe_offload.quant.delta_net import DeltaNetCall
 
@@ -54,6 +56,10 @@ def test_logits_are_those_of_the_eager_model(family, both, calls):
     model, eager = both(family)
     assert not fused(eager, FusedDeltaNet)
     assert fused(model, FusedDeltaNet) == [f"model.layers.{idx}.linear_attn" for idx in range(3)]
+    assert fused(model, FusedAttention) == ["model.layers.3.self_attn"]
+    assert {"model.norm", "model.layers.0.input_layernorm", "model.layers.3.self_attn.q_norm"} <= set(
+        fused(model, FusedNorm)
+    )
     calls.clear()  # what loading tried
     assert close(decode(model), decode(eager))
     assert len(calls) == 3 * (DECODE_STEPS - 1)
@@ -64,6 +70,7 @@ def test_logits_are_those_of_the_eager_model(family, both, calls):
 def test_sixteen_bits_are_fused(family, dtype, packs):
     with load_smallest(packs(family), dtype=str(dtype).partition(".")[2]) as model:
         assert len(fused(model.model, FusedDeltaNet)) == 3
+        assert len(fused(model.model, FusedAttention)) == 1
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 2}, {"num_beams": 3}, {"use_cache": False}])

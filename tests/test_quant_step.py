@@ -62,15 +62,15 @@ def test_linear_has_the_same_bits_for_any_number_of_threads_and_rows():
     assert torch.equal(call(x[1:]), results[0][1:])
 
 
-@pytest.mark.parametrize("rounds_first", [True, False])
+@pytest.mark.parametrize(("rounds_first", "offset"), [(True, 0.0), (False, 0.0), (False, 1.0)])
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype"), [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float32)]
 )
-def test_norm(dtype, weight_dtype, rounds_first):
+def test_norm(dtype, weight_dtype, rounds_first, offset):
     weight, x = random(515, dtype=weight_dtype), random(2, 3, 515, dtype=dtype, seed=1, std=5.0)
     wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
-    expected = (weight.float() * (wide.to(dtype).float() if rounds_first else wide)).to(dtype)
-    found = NormCall(Norm(weight, 1e-6, rounds_first))(x)
+    expected = ((weight.float() + offset) * (wide.to(dtype).float() if rounds_first else wide)).to(dtype)
+    found = NormCall(Norm(weight, 1e-6, rounds_first, offset))(x)
     differs = (found.float() - expected.float()).abs()
     assert bool((differs <= TOLERANCE[dtype] * expected.float().abs()).all())
     if dtype != torch.float32:
@@ -80,15 +80,18 @@ def test_norm(dtype, weight_dtype, rounds_first):
 HEADS, KV_HEADS, DIM, HIDDEN = 6, 2, 40, 64
 
 
-def attention_weights(dtype: torch.dtype, *, norms: str = "none", sinks: bool = False) -> AttentionWeights:
+def attention_weights(
+    dtype: torch.dtype, *, norms: str = "none", sinks: bool = False, is_gated: bool = False
+) -> AttentionWeights:
     query_size, kv_size = HEADS * DIM, KV_HEADS * DIM
     widths = {"none": None, "head": (DIM, DIM), "whole": (query_size, kv_size)}[norms]
     query_norm, key_norm = (
         Norm(random(width, dtype=dtype, seed=20 + i), 1e-6, True) if width else None
         for i, width in enumerate(widths or (0, 0))
     )
+    query_rows = query_size * (2 if is_gated else 1)
     return AttentionWeights(
-        query=RawWeight(random(query_size, HIDDEN, dtype=dtype, seed=1, std=0.4), random(query_size, dtype=dtype)),
+        query=RawWeight(random(query_rows, HIDDEN, dtype=dtype, seed=1, std=0.4), random(query_rows, dtype=dtype)),
         key=RawWeight(random(kv_size, HIDDEN, dtype=dtype, seed=2, std=0.4)),
         value=RawWeight(random(kv_size, HIDDEN, dtype=dtype, seed=3, std=0.4)),
         output=RawWeight(random(HIDDEN, query_size, dtype=dtype, seed=4, std=0.4), random(HIDDEN, dtype=dtype)),
@@ -100,6 +103,7 @@ def attention_weights(dtype: torch.dtype, *, norms: str = "none", sinks: bool = 
         head_dim=DIM,
         scaling=0.3,
         half_tables=False,
+        is_gated=is_gated,
     )
 
 
@@ -126,7 +130,10 @@ def reference(
         return F.linear(rows, projection.weight.double(), bias)
 
     row, cos, sin = x.double().view(-1), cos.double().view(-1), sin.double().view(-1)
-    query = turned(normed(project(weights.query, row), weights.query_norm).view(HEADS, DIM), cos, sin)
+    query, gate = project(weights.query, row), None
+    if weights.is_gated:
+        query, gate = (part.reshape(-1) for part in query.view(HEADS, 2, DIM).unbind(1))
+    query = turned(normed(query, weights.query_norm).view(HEADS, DIM), cos, sin)
     key = turned(normed(project(weights.key, row), weights.key_norm).view(KV_HEADS, DIM), cos, sin)
     value = project(weights.value, row).view(KV_HEADS, DIM)
     all_keys = torch.cat([keys.double()[0], key[:, None]], 1).repeat_interleave(HEADS // KV_HEADS, 0)
@@ -135,7 +142,8 @@ def reference(
     if weights.sinks is not None:
         scores = torch.cat([scores, weights.sinks.double()[:, None]], 1)
     shares = scores.softmax(-1)[:, : all_keys.shape[1]]
-    return project(weights.output, (shares[:, None] @ all_values).view(-1)), key, value
+    result = (shares[:, None] @ all_values).view(-1)
+    return project(weights.output, result if gate is None else result * gate.sigmoid()), key, value
 
 
 @dataclass
@@ -192,7 +200,9 @@ def make_case(dtype: torch.dtype, *, begin: int = 0, position: int = 33, width: 
         {"position": 20, "width": 16},
     ],
 )
-@pytest.mark.parametrize("kind", [{}, {"norms": "head"}, {"norms": "whole", "sinks": True}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"norms": "head"}, {"norms": "whole", "sinks": True}, {"norms": "head", "is_gated": True}]
+)
 def test_attention(dtype, options, kind):
     case, weights = make_case(dtype, **options), attention_weights(dtype, **kind)
     expected = case.expected(weights)

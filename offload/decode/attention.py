@@ -19,8 +19,10 @@ from moe_offload.offload.decode.linears import compute_dtype, projection_of
 from moe_offload.offload.decode.norms import fused_norm
 from moe_offload.quant.step import AttentionCall, AttentionWeights
 
+# With queries and gates in one projection.
+_GATED = frozenset({"Qwen3NextAttention", "Qwen3_5MoeAttention"})
 # Projections, perhaps norms of queries and keys, rotary embedding, one softmax over a cache, the output projection.
-_CLASSES = frozenset(
+_CLASSES = _GATED | frozenset(
     {
         *("MixtralAttention", "Qwen2MoeAttention", "Qwen3MoeAttention", "OlmoeAttention", "FlexOlmoAttention"),
         *("GptOssAttention", "GraniteMoeAttention", "PhimoeAttention", "Glm4MoeAttention", "MiniMaxM2Attention"),
@@ -98,7 +100,9 @@ def _weights(module: Any) -> AttentionWeights | None:
     if query is None or key is None or value is None or output is None or len(norms) == 1 or None in norms:
         return None
     dim = module.head_dim
+    is_gated = type(module).__name__ in _GATED
     heads, kv_heads = (module._modules[name].out_features // dim for name in _PROJECTIONS[:2])
+    heads //= 2 if is_gated else 1
     query_norm, key_norm = norms or (None, None)
     for norm, count in ((query_norm, heads), (key_norm, kv_heads)):
         if norm is not None and norm.weight.shape[0] not in (dim, dim * count):
@@ -117,6 +121,7 @@ def _weights(module: Any) -> AttentionWeights | None:
         head_dim=dim,
         scaling=module.scaling,
         half_tables=False,
+        is_gated=is_gated,
     )
 
 

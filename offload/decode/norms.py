@@ -16,6 +16,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROBE_ROWS = 8
 # Sums in another order differ in the last bit of fp32, and so may a few results once they are rounded.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Whether it is rounded before the weight, and what is added to the weight: Llama, OLMoE, Gemma and Qwen3-Next.
+_Reading = tuple[bool, float]
+_READINGS: tuple[_Reading, ...] = ((True, 0.0), (False, 0.0), (False, 1.0))
 _MOST_DIFFERENT = {torch.float32: 1.0, torch.bfloat16: 0.01, torch.float16: 0.05}
 
 
@@ -43,17 +46,17 @@ class FusedNorm(FusedForward):
 
 def fuse_norms(model: nn.Module) -> None:
     """Give every RMS norm whose arithmetic is known a `FusedNorm`."""
-    known: dict[tuple[type, torch.dtype], bool | None] = {}
+    known: dict[tuple[type, torch.dtype], _Reading | None] = {}
     for module in model.modules():
         norm = _candidate(module)
         if norm is None:
             continue
         key = (type(module), norm.weight.dtype)
         if key not in known:
-            known[key] = _rounds_first(module, norm)
-        rounds_first = known[key]
-        if rounds_first is not None:
-            FusedNorm(module, Norm(norm.weight, norm.epsilon, rounds_first))
+            known[key] = _reading_of(module, norm)
+        reading = known[key]
+        if reading is not None:
+            FusedNorm(module, Norm(norm.weight, norm.epsilon, *reading))
 
 
 def fused_norm(module: nn.Module) -> Norm | None:
@@ -79,18 +82,18 @@ def _fits(norm: Norm, dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def _rounds_first(module: nn.Module, norm: Norm) -> bool | None:
-    """Which of the two orders the module's own forward has, tried with a random weight; None for neither."""
+def _reading_of(module: nn.Module, norm: Norm) -> _Reading | None:
+    """What the module's own forward does, tried with a random weight; None if it is something else."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.empty(norm.weight.shape).uniform_(0.5, 1.5, generator=generator).to(norm.weight.dtype)
     twin = copy.copy(module)
     twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
     dtypes = [norm.weight.dtype] if norm.weight.dtype != torch.float32 else [torch.float32, torch.bfloat16]
-    for rounds_first in (True, False):
-        trial = Norm(weight, norm.epsilon, rounds_first)
+    for reading in _READINGS:
+        trial = Norm(weight, norm.epsilon, *reading)
         usable = [dtype for dtype in dtypes if _fits(trial, dtype)]
         if usable and all(_agrees(twin, trial, dtype, generator) for dtype in usable):
-            return rounds_first
+            return reading
     return None
 
 

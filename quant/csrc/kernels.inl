@@ -17,8 +17,8 @@ inline void linear_nf3_rows(const PackedWeight&, const PreparedInput&, int64_t r
 #include "delta_net.inl"
 
 inline const StepKernels& step_kernels() {
-    static const StepKernels kernels = {raw_rows,       rms_norm, attend,     add_rows,
-                                        attend_latents, convolve, delta_rule, gated_norm};
+    static const StepKernels kernels = {raw_rows, rms_norm,   attend,     add_rows,  attend_latents,
+                                        convolve, delta_rule, apply_gate, gated_norm};
     return kernels;
 }
 

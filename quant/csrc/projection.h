@@ -20,12 +20,13 @@ struct Projection {
     int32_t bias_dtype;
 };
 
-// x / rms(x) * weight over rows of `width`. `rounds_first`: to the dtype of x before the weight, as Llama does, and not
+// x / rms(x) * (weight + offset) over rows of `width`. `rounds_first`: to the dtype of x before the weight, as Llama does, and not
 // only after it.
 struct RmsNorm {
     const void* weight;  // null: no norm
     int64_t width;
     float epsilon;
+    float offset;
     int32_t weight_dtype;
     int32_t rounds_first;
 };

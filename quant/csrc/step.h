@@ -6,7 +6,8 @@
 #include "packed.h"
 #include "projection.h"
 
-// One attention module. Keys and values of a head lie one after the other, [num_kv_heads, capacity, head_dim].
+// One attention module. Where it is gated, `query` gives each head's query and then its gate, on whose sigmoid the head's
+// result is multiplied. Keys and values of a head lie one after the other, [num_kv_heads, capacity, head_dim].
 struct Attention {
     Projection query, key, value, output;
     RmsNorm query_norm, key_norm;
@@ -15,6 +16,7 @@ struct Attention {
     float scaling;
     int32_t sinks_dtype;
     int32_t dtype;  // of activations, keys and values
+    int32_t is_gated;
 };
 
 // How the numbers that rotate turn, where a token's position is in a part of each head: in pairs (i, i + half); in pairs
@@ -65,6 +67,8 @@ struct StepKernels {
     // One value head: `state` [key_dim, value_dim] forgets, learns `value` for `key`, and answers `query` in `out`.
     void (*delta_rule)(const DeltaNet&, const float* query, const float* key, const float* value, float decay,
                        float beta, float* state, float* out);
+    // x [count] *= sigmoid(gate), rounded where a module in `dtype` rounds
+    void (*apply_gate)(const float* gate, int64_t count, int32_t dtype, float* x);
     // x [count] = a norm of x, times silu(gate), rounded where a module rounds
     void (*gated_norm)(const DeltaNet&, const float* gate, float* x);
 };

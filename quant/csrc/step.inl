@@ -58,23 +58,24 @@ inline void raw_rows(const RawWeight& weight, const float* x, int64_t num_tokens
 
 inline void rms_norm(const RmsNorm& norm, float* x, int32_t dtype) {
     const float scale = 1.0f / std::sqrt(dot<F32Lanes>(x, x, norm.width) / static_cast<float>(norm.width) + norm.epsilon);
+    const float offset = norm.offset;
     with_dtype(norm.weight_dtype, [&](auto lanes) {
         using Lanes = decltype(lanes);
         const auto* weight = static_cast<const typename Lanes::Type*>(norm.weight);
         if (dtype == DTYPE_F32) {
-            for (int64_t i = 0; i < norm.width; i++) x[i] = x[i] * scale * Lanes::one(weight[i]);
+            for (int64_t i = 0; i < norm.width; i++) x[i] = x[i] * scale * (Lanes::one(weight[i]) + offset);
         } else if (dtype == DTYPE_BF16) {
             if (norm.rounds_first) {
                 for (int64_t i = 0; i < norm.width; i++) x[i] = bf16_to_float(float_to_bf16(x[i] * scale));
-                for (int64_t i = 0; i < norm.width; i++) x[i] *= Lanes::one(weight[i]);
+                for (int64_t i = 0; i < norm.width; i++) x[i] *= (Lanes::one(weight[i]) + offset);
             } else {
-                for (int64_t i = 0; i < norm.width; i++) x[i] = Lanes::one(weight[i]) * (x[i] * scale);
+                for (int64_t i = 0; i < norm.width; i++) x[i] = (Lanes::one(weight[i]) + offset) * (x[i] * scale);
             }
             for (int64_t i = 0; i < norm.width; i++) x[i] = bf16_to_float(float_to_bf16(x[i]));
         } else {
             for (int64_t i = 0; i < norm.width; i++) {
                 const float scaled = norm.rounds_first ? f16_to_float(float_to_f16(x[i] * scale)) : x[i] * scale;
-                x[i] = f16_to_float(float_to_f16(Lanes::one(weight[i]) * scaled));
+                x[i] = f16_to_float(float_to_f16((Lanes::one(weight[i]) + offset) * scaled));
             }
         }
     });
@@ -178,6 +179,17 @@ void attend_heads(const Attention& a, int64_t first_head, const float* query, co
         softmax(scores + h * count, count, a.sinks != nullptr ? &sink : nullptr);
     }
     sum_values<Lanes, kHeads>(scores, values, count, dim, out);
+}
+
+inline void apply_gate(const float* gate, int64_t count, int32_t dtype, float* x) {
+    if (dtype == DTYPE_F32) {
+        for (int64_t i = 0; i < count; i++) x[i] *= sigmoid(gate[i]);
+    } else if (dtype == DTYPE_BF16) {
+        for (int64_t i = 0; i < count; i++) x[i] *= bf16_to_float(float_to_bf16(sigmoid(gate[i])));
+    } else {
+        for (int64_t i = 0; i < count; i++) x[i] *= f16_to_float(float_to_f16(sigmoid(gate[i])));
+    }
+    round_row(x, count, dtype);
 }
 
 inline void attend(const Attention& a, int64_t kv_head, const float* query, const void* keys, const void* values,

@@ -1,4 +1,5 @@
 // The C interface to the dense part of a decode step, called from quant/step.py.
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -46,7 +47,9 @@ EXPORT int moe_offload_attention(int isa, const Attention* attention, const void
     const StepKernels& kernels = step_kernels_of(isa);
     const int64_t hidden = cols_of(a.query), query_size = a.num_heads * a.head_dim, kv_size = a.num_kv_heads * a.head_dim;
     const int64_t count = position + 1 - begin, group = a.num_heads / a.num_kv_heads;
-    const int64_t room_size = hidden + 2 * query_size + 2 * kv_size + 2 * width + a.num_heads * count + query_size;
+    const int64_t gated_size = a.is_gated ? 3 * query_size : 0;
+    const int64_t room_size =
+        hidden + 2 * query_size + 2 * kv_size + 2 * width + a.num_heads * count + query_size + gated_size;
     std::unique_ptr<float[]> room(new (std::nothrow) float[static_cast<size_t>(room_size)]);
     if (!room) return kOutOfMemory;
     float* input = room.get();  // becomes the output, which is as long
@@ -58,11 +61,17 @@ EXPORT int moe_offload_attention(int isa, const Attention* attention, const void
     float* cosines = value + kv_size;
     float* sines = cosines + width;
     float* scores = sines + width;
+    float* gate = scores + a.num_heads * count;
+    float* gated = gate + query_size;  // queries and gates as they come
     load_row(x, a.dtype, 0, hidden, input);
-    if (project(isa, a.query, x, input, a.dtype, query, num_threads) != 0 ||
+    if (project(isa, a.query, x, input, a.dtype, a.is_gated ? gated : query, num_threads) != 0 ||
         project(isa, a.key, x, input, a.dtype, key, num_threads) != 0 ||
         project(isa, a.value, x, input, a.dtype, value, num_threads) != 0) {
         return kOutOfMemory;
+    }
+    for (int64_t head = 0; a.is_gated && head < a.num_heads; head++) {
+        std::copy_n(gated + 2 * head * a.head_dim, a.head_dim, query + head * a.head_dim);
+        std::copy_n(gated + (2 * head + 1) * a.head_dim, a.head_dim, gate + head * a.head_dim);
     }
     normalise(kernels, a.query_norm, query, query_size, a.dtype);
     normalise(kernels, a.key_norm, key, kv_size, a.dtype);
@@ -88,6 +97,7 @@ EXPORT int moe_offload_attention(int isa, const Attention* attention, const void
     };
     parallel_for(a.num_kv_heads, 1, query_size * count < kWorthSharing ? 1 : num_threads, body);
     round_row(attended, query_size, a.dtype);
+    if (a.is_gated) kernels.apply_gate(gate, query_size, a.dtype, attended);
     store_row(attended, query_size, stored, a.dtype, 0);
     if (project(isa, a.output, stored, attended, a.dtype, input, num_threads) != 0) return kOutOfMemory;
     store_row(input, hidden, out, a.dtype, 0);
