@@ -113,8 +113,7 @@ class OffloadedModel:
         lookahead = Lookahead(self.model, modules, [top_k] * len(modules), loaded.residency)
         loaded.step.predictor = lookahead
         clock, turn = StepClock(self.model, lambda: loaded.step.prefill, loaded.residency.num_missed), Turn()
-        if plan.device != "cpu":
-            loaded.residency.take_miss_path(miss_path, clock, turn)
+        loaded.residency.take_miss_path(miss_path, clock, turn)
         PrefetchSwitch(self.model, loaded.step, lookahead, prefetch, clock, turn)
         self._graphs = decode_graphs(
             self.model,
@@ -130,7 +129,7 @@ class OffloadedModel:
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set
         self._loaded = loaded
-        self.miss_path = COPY if plan.device == "cpu" else miss_path
+        self.miss_path = COPY if loaded.residency.miss_path is None else miss_path
         self._settings = {"policy": policy, "prefetch": str(prefetch), "miss_path": self.miss_path}
         self._recording = None if trace is None else self._record(trace, tokens=trace_tokens)
         if hot_set is not None:

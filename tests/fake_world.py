@@ -48,7 +48,7 @@ class CpuBeside:
     """Stands in for a `MissPath` and for its `HostStep`s: any number of misses is for the CPU, which checks them."""
 
     def __init__(self, world: "World", layer_idx: int) -> None:
-        self.world, self.layer_idx = world, layer_idx
+        self.world, self.layer_idx, self.lender = world, layer_idx, world.tier
         self.order: list[int] = []
         self.breaks = False
 
@@ -68,9 +68,6 @@ class CpuBeside:
             if self.breaks:
                 raise MemoryError
         return 0.25
-
-    def close(self) -> None:
-        pass
 
 
 class World:

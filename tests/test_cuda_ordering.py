@@ -10,10 +10,10 @@ from fake_device import FakePageLock
 from fake_world import PAGE, CpuBeside, World
 
 from moe_offload.errors import ExpertReadError
-from moe_offload.offload.tiers.compute_tier import LentExpert
 from moe_offload.offload.tiers.cuda_tier import CudaTier
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.host_slots import HostSlots
+from moe_offload.offload.tiers.lender import LentExpert
 from moe_offload.offload.tiers.staging_ring import StagingRing
 
 SEEDS_PER_TEST = 50

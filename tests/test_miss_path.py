@@ -1,6 +1,7 @@
 """Where misses are computed: how they are divided, and how rows get to the CPU and back."""
 
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,22 +12,27 @@ from fake_device import FakeDevice
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts import step_tuning
-from moe_offload.offload.experts.host_rows import HostRows, ThreadRows
 from moe_offload.offload.experts.host_step import MAX_ROWS, HostStep
 from moe_offload.offload.experts.miss_path import MISS_PATHS, MissPath, check_miss_path, make_miss_path
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
+from moe_offload.offload.tiers.host_rows import HostRows, ThreadRows
 
 EXPERT_BYTES = 1000
 
 
-class FakeTier:
+class FakeLender:
     """Layer 0 has host slots, layer 1 has none."""
 
-    def __init__(self, device: FakeDevice | None = None) -> None:
-        self.device = device or FakeDevice(eager=True)
+    def __init__(self, copy_s: float = 0.0) -> None:
+        self.copy_s = copy_s
+        self.rows_here = ThreadRows()
+        self.device = FakeDevice(eager=True)
 
-    def queue(self, layer_idx: int) -> FakeDevice:
-        return self.device
+    def rows(self, layer_idx: int) -> HostRows:
+        return self.rows_here.of(self.device)
+
+    def copy_s_per_byte(self, layer_idx: int) -> float:
+        return self.copy_s / EXPERT_BYTES
 
     def lends(self, layer_idx: int) -> bool:
         return layer_idx == 0
@@ -37,9 +43,7 @@ class FakeTier:
 
 def path_of(name: str, *, copy_s: float = 0.0, cpu_s: float = 0.0) -> MissPath:
     """With what one expert takes on either end; 0: not known."""
-    tier = FakeTier()
-    tier.device.copy_s_per_byte = copy_s / EXPERT_BYTES
-    path = MissPath(name, tier)  # type: ignore[arg-type]
+    path = MissPath(name, FakeLender(copy_s))  # type: ignore[arg-type]
     if cpu_s:
         path.computed(0, 1, cpu_s)
     return path
@@ -133,7 +137,7 @@ def test_only_few_rows_of_layers_that_lend_go_to_the_cpu() -> None:
     assert not begins(0, MAX_ROWS + 1)
     assert not begins(1, 1)
     assert not begins(0, 1, None)
-    path.close()
+    path.lender.rows_here.close()  # type: ignore[attr-defined]
 
 
 def test_auto_begins_with_both_ends_and_goes_on_with_what_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +148,7 @@ def test_auto_begins_with_both_ends_and_goes_on_with_what_is_fastest(monkeypatch
     cache: Any = SimpleNamespace(stats=SimpleNamespace(num_missed=lambda phase: next(missed)))
     model = torch.nn.Identity()
     clock = StepClock(model, lambda: False, cache)
-    path = make_miss_path("auto", FakeTier(), clock, Turn())  # type: ignore[arg-type]
+    path = make_miss_path("auto", FakeLender(), clock, Turn())  # type: ignore[arg-type]
     assert path is not None
     seen = []
     for _ in range(60):
@@ -153,7 +157,7 @@ def test_auto_begins_with_both_ends_and_goes_on_with_what_is_fastest(monkeypatch
         now_s[0] += step_s[seen[-1]]
     assert list(dict.fromkeys(seen)) == ["split", "copy", "cpu"]
     assert seen[-1] == "cpu"
-    assert make_miss_path("copy", FakeTier(), clock, Turn()) is None  # type: ignore[arg-type]
+    assert make_miss_path("copy", FakeLender(), clock, Turn()) is None  # type: ignore[arg-type]
 
 
 # -- the rows --
@@ -200,11 +204,19 @@ def test_closing_waits_for_what_is_under_way() -> None:
     rows.close()
 
 
-def test_each_device_has_rows_of_its_own() -> None:
-    made: list[HostRows] = []
-    rows, devices = ThreadRows(made), (FakeDevice(), FakeDevice())
+def test_each_thread_and_device_has_rows_of_its_own() -> None:
+    rows, devices = ThreadRows(), (FakeDevice(eager=True), FakeDevice(eager=True))
     assert rows.of(devices[0]) is rows.of(devices[0]) is not rows.of(devices[1])
-    assert len(made) == 2
+    others: list[HostRows] = []
+    thread = threading.Thread(target=lambda: others.append(rows.of(devices[0])))
+    thread.start()
+    thread.join()
+    assert others[0] is not rows.of(devices[0])
+    for each in (others[0], rows.of(devices[0])):
+        each.fetch(torch.randn(1, 8), torch.zeros(1, 2, dtype=torch.long))
+    assert len(devices[0].page_lock.locked) == 2
+    rows.close()
+    assert not devices[0].page_lock.locked
 
 
 # -- a step --

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from moe_offload.offload.experts.interrupts import InterruptShield
-from moe_offload.offload.tiers.compute_tier import LentExpert
+from moe_offload.offload.tiers.lender import LentExpert
 
 Place = int | LentExpert | None
 """A slot, host memory that was lent, or nowhere where it went wrong before it was."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from moe_offload.offload.experts.host_rows import HostRows
 from moe_offload.offload.experts.pair_outputs import ExpertFn
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
+from moe_offload.offload.tiers.host_rows import HostRows
 from moe_offload.quant.moe_layer import MoeStep, PackedMlp, expert_outputs
 
 # A step of more rows goes by copies. An expert of b bytes at 4.25 bits a weight takes 3.8 b flops a row: 19 to 3.8 ps a

@@ -7,12 +7,11 @@ from collections import deque
 import torch
 
 from moe_offload.errors import ConfigError
-from moe_offload.offload.experts.host_rows import HostRows, ThreadRows
 from moe_offload.offload.experts.host_step import HostStep
 from moe_offload.offload.experts.pair_outputs import ExpertFn
 from moe_offload.offload.experts.step_tuning import StepClock, StepTuner, Turn
 from moe_offload.offload.experts.weights import MlpParts
-from moe_offload.offload.tiers.compute_tier import ComputeTier
+from moe_offload.offload.tiers.lender import Lender
 
 COPY, CPU, SPLIT, AUTO = "copy", "cpu", "split", "auto"
 MISS_PATHS = (AUTO, COPY, CPU, SPLIT)
@@ -55,15 +54,14 @@ class MissPath:
     """
 
     def __init__(
-        self, path: str, tier: ComputeTier, tuner: StepTuner[str] | None = None, clock: StepClock | None = None
+        self, path: str, lender: Lender, tuner: StepTuner[str] | None = None, clock: StepClock | None = None
     ) -> None:
         """``tuner`` and ``clock``: for ``auto``."""
+        self.lender = lender
         self.num_computed = 0
-        self._path, self._tier, self._tuner, self._clock = path, tier, tuner, clock
+        self._path, self._tuner, self._clock = path, tuner, clock
         self._rate = _CpuRate()
         self._lock = threading.Lock()
-        self._rows: list[HostRows] = []
-        self._rows_here = ThreadRows(self._rows)
 
     @property
     def path(self) -> str:
@@ -84,16 +82,16 @@ class MissPath:
 
         Without ``parts`` an expert may have more to it than what is in its slot.
         """
-        if parts is None or not HostStep.takes(len(x)) or self.path == COPY or not self._tier.lends(layer_idx):
+        if parts is None or not HostStep.takes(len(x)) or self.path == COPY or not self.lender.lends(layer_idx):
             return None
-        return HostStep(self._rows_here.of(self._tier.queue(layer_idx)), x, top_k_index, expert_fn, parts)
+        return HostStep(self.lender.rows(layer_idx), x, top_k_index, expert_fn, parts)
 
     def num_copied(self, layer_idx: int, num_missing: int) -> int:
         """How many of so many misses are copied, the rest being computed on the CPU."""
         path = self.path
         if path != SPLIT:
             return num_missing if path == COPY else 0
-        copy_s, cpu_s = self._tier.queue(layer_idx).copy_s_per_byte, self._rate.s_per_byte
+        copy_s, cpu_s = self.lender.copy_s_per_byte(layer_idx), self._rate.s_per_byte
         num_copied = min(range(num_missing + 1), key=lambda n: max(n * copy_s, (num_missing - n) * cpu_s))
         if num_copied == num_missing:
             self._rate.fade()
@@ -103,21 +101,16 @@ class MissPath:
         """The CPU has computed so many experts of a layer, by one call."""
         with self._lock:
             self.num_computed += num_experts
-            self._rate.add(seconds, num_experts * self._tier.expert_bytes(layer_idx))
-
-    def close(self) -> None:
-        """Free the buffers; no step runs any more."""
-        while self._rows:
-            self._rows.pop().close()
+            self._rate.add(seconds, num_experts * self.lender.expert_bytes(layer_idx))
 
 
-def make_miss_path(miss_path: str, tier: ComputeTier, clock: StepClock, turn: Turn) -> MissPath | None:
+def make_miss_path(miss_path: str, lender: Lender | None, clock: StepClock, turn: Turn) -> MissPath | None:
     """What decides about misses, or None where all are copied."""
-    if miss_path == COPY:
+    if miss_path == COPY or lender is None:
         return None
     if miss_path != AUTO:
-        return MissPath(miss_path, tier)
+        return MissPath(miss_path, lender)
     # First what adapts itself: whatever is hopeless is cut short by comparison with it.
     tuner = StepTuner((SPLIT, COPY, CPU), fallback=COPY, turn=turn)
     clock.tell([tuner])
-    return MissPath(AUTO, tier, tuner, clock)
+    return MissPath(AUTO, lender, tuner, clock)

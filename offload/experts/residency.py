@@ -26,7 +26,8 @@ from moe_offload.offload.experts.step_observer import StepObserver
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 from moe_offload.offload.streaming.reader import ReadCancelledError, ReadObserver
-from moe_offload.offload.tiers.compute_tier import ComputeTier, LentExpert, Transfer
+from moe_offload.offload.tiers.compute_tier import ComputeTier, Transfer
+from moe_offload.offload.tiers.lender import Lender, LentExpert
 from moe_offload.quant.slot_kernels import slot_kernels
 
 
@@ -81,7 +82,7 @@ class Residency:
 
     def take_miss_path(self, miss_path: str, clock: StepClock, turn: Turn) -> None:
         """Where misses are computed from now on: see `offload.experts.miss_path`."""
-        self.miss_path = make_miss_path(miss_path, self._tier, clock, turn)
+        self.miss_path = make_miss_path(miss_path, self._tier.lender, clock, turn)
 
     def observe_reads(self, observer: ReadObserver | None) -> None:
         """Tell ``observer`` of every read from the disk; None: nobody."""
@@ -271,7 +272,8 @@ class Residency:
             bypassed, on_host = bypassed[:num_staged], bypassed[num_staged:]
             if num_copied == 0:
                 on_host = [*(miss.expert_idx for miss in lease.misses), *on_host]
-            self._lend(layer_idx, on_host, arrivals)
+            assert self.miss_path is not None
+            self._lend(self.miss_path.lender, layer_idx, on_host, arrivals)
             num_pending += len(on_host)
             if num_copied == 0:
                 self._bring_behind(layer_idx, lease.misses)
@@ -364,7 +366,7 @@ class Residency:
         num_copied = self.miss_path.num_copied(layer_idx, num_missing)
         return None if num_copied == num_missing else num_copied
 
-    def _lend(self, layer_idx: int, expert_ids: Sequence[int], arrivals: Arrivals) -> None:
+    def _lend(self, lender: Lender, layer_idx: int, expert_ids: Sequence[int], arrivals: Arrivals) -> None:
         for expert_idx in expert_ids:
 
             def failed(error: BaseException, expert_idx: int = expert_idx) -> None:
@@ -372,7 +374,7 @@ class Residency:
 
             try:
                 lent = partial(arrivals.put, expert_idx, error=None)
-                self._tier.lend(layer_idx, expert_idx, lent=lent, failed=failed)
+                lender.lend(layer_idx, expert_idx, lent=lent, failed=failed)
             except Exception as error:
                 failed(error)
 
@@ -602,5 +604,3 @@ class Residency:
         """Stop all transfers and free the slots. May be called twice; what is only dropped closes itself, later."""
         self._forgotten.detach()
         self._tier.close()
-        if self.miss_path is not None:
-            self.miss_path.close()

@@ -1,22 +1,15 @@
 """The memory that experts are computed from: slots that transfers fill and kernels read."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.streaming.reader import ReadObserver
-from moe_offload.offload.tiers.device_queue import DeviceQueue
+from moe_offload.offload.tiers.lender import Lender
 
 Done = Callable[[BaseException | None], None]
-
-
-class LentExpert(NamedTuple):
-    """An expert in host memory, for the CPU to compute: its bytes stay as they are until ``give_back``, called once."""
-
-    weights: ExpertWeights
-    give_back: Callable[[], None]
 
 
 class Transfer(Protocol):
@@ -49,24 +42,9 @@ class ComputeTier(Protocol):
     def exchange(self, layer_idx: int, slot: int, staging_slot: int) -> None:
         """Let the two swap their memory, and with it what is in it or on its way there. Nobody reads either."""
 
-    def lends(self, layer_idx: int) -> bool:
-        """Whether experts of this layer are kept in host memory below the device, where the CPU can compute them."""
-
-    def lend(
-        self,
-        layer_idx: int,
-        expert_idx: int,
-        *,
-        lent: Callable[[LentExpert], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """Hand out an expert in host memory, once it is there: one of the two is called once, from any thread.
-
-        Raises ExpertReadError, and calls neither, when the tier is closed.
-        """
-
-    def queue(self, layer_idx: int) -> DeviceQueue:
-        """The device of a layer that lends."""
+    @property
+    def lender(self) -> Lender | None:
+        """What lends experts to the CPU; None where it computes all of them anyway."""
 
     def expert_bytes(self, layer_idx: int) -> int:
         """The size of an expert of this layer."""

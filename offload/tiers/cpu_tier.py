@@ -1,6 +1,6 @@
 """Experts computed on the CPU: reads from the disk land in the slot that the kernels read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -9,8 +9,7 @@ from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest, PartSpec
 from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
 from moe_offload.offload.streaming.slab import Slab
-from moe_offload.offload.tiers.compute_tier import Done, LentExpert, Transfer
-from moe_offload.offload.tiers.device_queue import DeviceQueue
+from moe_offload.offload.tiers.compute_tier import Done, Transfer
 
 
 class _SlotMemory:
@@ -61,24 +60,9 @@ class CpuTier:
         staging, staging_index = self._place(layer_idx, staging_slot)
         slots[index], staging[staging_index] = staging[staging_index], slots[index]
 
-    def lends(self, layer_idx: int) -> bool:
-        """No: everything is computed on the CPU anyway."""
-        return False
-
-    def lend(
-        self,
-        layer_idx: int,
-        expert_idx: int,
-        *,
-        lent: Callable[[LentExpert], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """Not offered."""
-        raise NotImplementedError
-
-    def queue(self, layer_idx: int) -> DeviceQueue:
-        """None: there is no other device."""
-        raise NotImplementedError
+    @property
+    def lender(self) -> None:
+        """None: everything is computed on the CPU anyway."""
 
     def expert_bytes(self, layer_idx: int) -> int:
         """The size of an expert of this layer."""

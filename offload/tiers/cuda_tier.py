@@ -12,12 +12,14 @@ from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.planning.sizes import format_size
 from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
-from moe_offload.offload.tiers.compute_tier import Done, LentExpert, Transfer
+from moe_offload.offload.tiers.compute_tier import Done, Transfer
 from moe_offload.offload.tiers.device_queue import DeviceQueue
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.device_slots import DeviceSlots
 from moe_offload.offload.tiers.host_expert import HostExpert
+from moe_offload.offload.tiers.host_rows import HostRows, ThreadRows
 from moe_offload.offload.tiers.host_tier import HostTier
+from moe_offload.offload.tiers.lender import LentExpert
 from moe_offload.offload.tiers.slot_copy import CopySchedule, SlotCopy
 from moe_offload.offload.tiers.slot_order import TierSlotOrder
 
@@ -60,6 +62,7 @@ class CudaTier:
             self._devices.append(DeviceSlots(queue, shapes, staging_shape))
         self._copies = [CopySchedule(queue) for queue in queues]
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self._rows = ThreadRows()
         self._lent_weights: dict[tuple[int, int], ExpertWeights] = {}  # by layer and address
         self._host = HostTier(
             manifest, reader, queues[0], num_slots=num_host_slots, num_staging_slots=num_host_staging_slots
@@ -101,6 +104,11 @@ class CudaTier:
         """Not offered."""
         raise NotImplementedError
 
+    @property
+    def lender(self) -> "CudaTier":
+        """Itself."""
+        return self
+
     def lends(self, layer_idx: int) -> bool:
         """Where the layer has host slots; what only passes through staging is on its way to the device."""
         return self._host.has_slots(layer_idx)
@@ -114,7 +122,7 @@ class CudaTier:
         failed: Callable[[BaseException], None],
     ) -> None:
         """From its host slot, into which it is read first if it is not there."""
-        over = self.queue(layer_idx).new_event()  # never recorded: the CPU is done with it when it gives it back
+        over = self._queue(layer_idx).new_event()  # never recorded: the CPU is done with it when it gives it back
 
         def landed(expert: HostExpert) -> None:
             weights = self._host_weights(layer_idx, expert.data)
@@ -124,8 +132,15 @@ class CudaTier:
             layer_idx, expert_idx, speculative=False, keep=True, for_copy=False, landed=landed, failed=failed
         )
 
-    def queue(self, layer_idx: int) -> DeviceQueue:
+    def rows(self, layer_idx: int) -> HostRows:
+        """This thread's, for the layer's device."""
+        return self._rows.of(self._queue(layer_idx))
+
+    def copy_s_per_byte(self, layer_idx: int) -> float:
         """That of the layer's device."""
+        return self._queue(layer_idx).copy_s_per_byte
+
+    def _queue(self, layer_idx: int) -> DeviceQueue:
         return self.queues[self._device_of_layer[layer_idx]]
 
     def _host_weights(self, layer_idx: int, data: torch.Tensor) -> ExpertWeights:
@@ -216,6 +231,7 @@ class CudaTier:
                     slot.wait_until_unused()
         except ExpertCopyError:
             _log.exception("the device has failed; its memory is let go of all the same")
+        self._rows.close()
         self._host.free()
         self._weights.clear()
         self._lent_weights.clear()

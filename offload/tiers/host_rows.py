@@ -1,10 +1,12 @@
 """A few rows on their way between a device and the host, in page-locked buffers that every layer uses again."""
 
+import contextlib
 import mmap
 import threading
 
 import torch
 
+from moe_offload.errors import ExpertCopyError
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.device_queue import DeviceQueue, Event
 
@@ -69,27 +71,37 @@ class HostRows:
 
     def close(self) -> None:
         """Wait for what is under way, and free the memory."""
-        if self._slab is not None:
-            self._fetched.wait()
-            self._sent.wait()
-            self._slab.close()
-            self._slab = None
+        slab, self._slab = self._slab, None
+        if slab is not None:
+            with contextlib.suppress(ExpertCopyError):  # a device that has failed moves nothing any more
+                self._fetched.wait()
+                self._sent.wait()
+            slab.close()
 
 
-class ThreadRows(threading.local):
-    """Those of each thread, one for each device."""
+class ThreadRows:
+    """Those of each thread, for each device. Any thread may call any method; `close` when no step runs any more."""
 
-    def __init__(self, made: "list[HostRows]") -> None:
-        self._made = made
-        self._of_queue: dict[int, HostRows] = {}
+    def __init__(self) -> None:
+        self._made: list[HostRows] = []
+        self._here = threading.local()
 
     def of(self, queue: DeviceQueue) -> HostRows:
         """This thread's, for the device of ``queue``."""
-        rows = self._of_queue.get(id(queue))
+        try:
+            of_queue: dict[int, HostRows] = self._here.of_queue
+        except AttributeError:
+            of_queue = self._here.of_queue = {}
+        rows = of_queue.get(id(queue))
         if rows is None:
-            rows = self._of_queue[id(queue)] = HostRows(queue)
+            rows = of_queue[id(queue)] = HostRows(queue)
             self._made.append(rows)
         return rows
+
+    def close(self) -> None:
+        """Free the memory of all."""
+        while self._made:
+            self._made.pop().close()
 
 
 def _aligned(size_bytes: int) -> int:
