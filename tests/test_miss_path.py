@@ -145,9 +145,8 @@ def test_auto_begins_with_both_ends_and_goes_on_with_what_is_fastest(monkeypatch
     now_s = [0.0]
     monkeypatch.setattr(step_tuning, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     missed = iter(range(100_000))
-    cache: Any = SimpleNamespace(stats=SimpleNamespace(num_missed=lambda phase: next(missed)))
     model = torch.nn.Identity()
-    clock = StepClock(model, lambda: False, cache)
+    clock = StepClock(model, lambda: False, lambda: next(missed))
     path = make_miss_path("auto", FakeLender(), clock, Turn())  # type: ignore[arg-type]
     assert path is not None
     seen = []
