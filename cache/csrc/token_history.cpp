@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstring>
 
+#include "clones.h"
+
 namespace {
 
 constexpr double kSharpness = 18;          // a match counts e times less for every 1/18 that it is less like this token
@@ -84,7 +86,7 @@ void TokenHistory::begin_token() {
     num_chosen_ = 0;
 }
 
-void TokenHistory::add(const Event& event) {
+MOE_CACHE_CLONES void TokenHistory::add(const Event& event) {
     if (is_cut_ || event.layer_idx <= last_layer_) begin_token();
     last_layer_ = event.layer_idx;
     num_chosen_ += event.num_experts;
@@ -111,7 +113,7 @@ void TokenHistory::add(const Event& event) {
         layer.chosen[now_ * layer.width + rank] = static_cast<int16_t>(event.expert_ids[rank]);
 }
 
-int32_t TokenHistory::vote(int32_t layer_idx, int32_t* votes) const {
+MOE_CACHE_CLONES int32_t TokenHistory::vote(int32_t layer_idx, int32_t* votes) const {
     if (is_cut_ || num_known_ < 2) return 0;
     const auto of_now = static_cast<float>((1 - kBeforeShare) / num_chosen_);
     const auto of_before = static_cast<float>(num_chosen_before_ ? kBeforeShare / num_chosen_before_ : 0.0);
