@@ -5,6 +5,7 @@ forward of their own that does what theirs did. `install_expert_layer` connects 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from moe_offload.offload.experts.containers import ExpertContainer
 from moe_offload.offload.experts.layer import ExpertLayer
 from moe_offload.offload.experts.pair_outputs import ExpertFn
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
+from moe_offload.offload.graphs.experts_op import register_experts, routed_experts
 
 IMPLEMENTATION = "offload"
 _LAYER = "_moe_offload_layer"
+_HANDLE = "_moe_offload_handle"
+_CALL = "_moe_offload_call"
 
 Mlp = tuple[ExpertFn, MlpParts | None]
 """One expert's MLP as code, and what it is made of if kernels may compute it in its place."""
@@ -78,6 +82,9 @@ def decorated_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """``x [T, H]``, index and final weights ``[T, K]`` to ``[T, H]``, as transformers' experts interface defines it."""
+    if torch.compiler.is_compiling():
+        compiled: torch.Tensor = routed_experts(hidden_states, top_k_index, top_k_weights, getattr(self, _HANDLE))
+        return compiled
     layer, expert, parts = getattr(self, _LAYER)
     result: torch.Tensor = layer.routed(hidden_states, top_k_index, top_k_weights, expert, parts)
     return result
@@ -338,6 +345,10 @@ def install_expert_layer(container: ExpertContainer, layer: ExpertLayer) -> None
     """Make the container compute with ``layer``."""
     module: nn.Module = container.module
     if container.kind == "decorated":
-        object.__setattr__(module, _LAYER, (layer, *expert_mlp(container)))
+        expert, parts = expert_mlp(container)
+        call = partial(layer.routed, expert_fn=expert, parts=parts)
+        object.__setattr__(module, _LAYER, (layer, expert, parts))
+        object.__setattr__(module, _CALL, call)  # the handle is good for as long as this is
+        object.__setattr__(module, _HANDLE, register_experts(call))
     else:
         module.forward = _FORWARDS[container.kind](container, layer)
