@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import NEW_TOKENS, PROMPT, answer
 from fake_cuda_model import Load, loading_on_fake_devices
 from fake_recorder import FakeRecorder
 from families import make_config
@@ -29,8 +30,6 @@ from moe_offload.offload.graphs.speculation import Speculation
 from moe_offload.offload.pack.packer import pack_model
 
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3"]
-PROMPT = torch.randint(3, 120, (1, 11), generator=torch.Generator().manual_seed(1))
-NEW_TOKENS = 18
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,21 +57,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
         monkeypatch.setattr(module, "table_in_pack", lambda *args: None)
     monkeypatch.setenv("MOE_OFFLOAD_DENSE", "eager")  # calls of our own kernels are not torch's to record
     return fake
-
-
-def answer(model: OffloadedModel, prompt: torch.Tensor = PROMPT, new_tokens: int = NEW_TOKENS) -> torch.Tensor:
-    """The logits of every token of an answer, as the generator asks for them."""
-    rows: list[torch.Tensor] = []
-
-    def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        rows.append(output.logits[0, -1].clone())
-
-    hook = model.model.register_forward_hook(watch, with_kwargs=True)
-    generator = torch.Generator().manual_seed(2)
-    model._generator.replay(prompt, torch.randint(3, 120, (new_tokens,), generator=generator).tolist(), lambda n: None)
-    hook.remove()
-    assert len(rows) == new_tokens
-    return torch.stack(rows)
 
 
 def forward_of(model: OffloadedModel) -> GraphedForward:

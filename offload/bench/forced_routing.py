@@ -14,6 +14,7 @@ from torch import nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.bench.routing import Routing
+from moe_offload.offload.pass_inputs import pass_tokens
 
 _DEEPEST = 4  # layers ahead that lookahead may ask for
 
@@ -25,10 +26,14 @@ class ForcedRouting:
         self, model: Any, modules: Sequence[str], num_experts: int, routing: Routing, *, recall: float, seed: int
     ) -> None:
         """``modules``: the names of the expert containers in layer order. Hooks stay as long as the model."""
-        self._index = torch.from_numpy(routing.experts).unsqueeze(2)  # [tokens, layers, 1, K]
-        self._weights = None if routing.probs is None else torch.from_numpy(routing.probs).unsqueeze(2)
+        device = next(model.parameters()).device
+        # Where the model is, and looked up there: a step that runs from recordings follows too.
+        self._index = torch.from_numpy(routing.experts).to(device)  # [tokens, layers, K]
+        self._weights = None if routing.probs is None else torch.from_numpy(routing.probs).to(device)
+        self._here = torch.zeros(1, dtype=torch.int64, device=device)
         self._guesses = _guesses(routing.experts, num_experts, recall, seed)
         self._token, self._layer_idx = -1, 0
+        model.register_forward_pre_hook(self._next_token, with_kwargs=True)
         for layer_idx, name in enumerate(modules):
             model.get_submodule(name).register_forward_pre_hook(self._forced(layer_idx))
 
@@ -38,17 +43,21 @@ class ForcedRouting:
         guess: list[int] = self._guesses[ahead - 1, self._token, layer_idx].tolist()
         return guess
 
+    def _next_token(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = pass_tokens(args, kwargs)
+        if tokens is not None and tokens.shape[:2].numel() == 1:
+            self._token = (self._token + 1) % len(self._index)
+            self._here.fill_(self._token)
+
     def _forced(self, layer_idx: int) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             hidden_states, index, weights = _arguments(module, args)
             if index.shape[0] != 1:
                 return None
-            if layer_idx == 0:
-                self._token = (self._token + 1) % len(self._index)
             self._layer_idx = layer_idx
-            forced = self._index[self._token, layer_idx]
+            forced = self._index[:, layer_idx].index_select(0, self._here)
             if self._weights is not None:
-                given = self._weights[self._token, layer_idx]
+                given = self._weights[:, layer_idx].index_select(0, self._here)
                 weights = (given / given.sum() * weights.sum()).to(weights.dtype)
             return hidden_states, forced.to(index.dtype), weights
 

@@ -1,0 +1,1 @@
+"""Runs of the GPU benchmark, each in a process of its own."""

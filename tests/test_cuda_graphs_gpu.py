@@ -1,0 +1,92 @@
+"""Decode steps run from CUDA graphs, on a real device. Skipped without one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from answers import answer
+from families import make_config
+from family_runs import CONTEXT_TOKENS, save_random_model
+
+from moe_offload import OffloadedModel
+from moe_offload.errors import BudgetError
+from moe_offload.offload.graphs.cuda_recorder import CudaRecorder
+from moe_offload.offload.graphs.recorder import RecordingError
+from moe_offload.offload.pack.packer import pack_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=["mixtral", "gpt_oss", "deepseek_v3"])
+def pack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    config = make_config(request.param)
+    if request.param == "gpt_oss":
+        config.sliding_window = 16
+    return pack_model(str(save_random_model(config, folder / "checkpoint")), folder / "pack", format="nf4")
+
+
+def load(pack: Path, slots: int, graphs: str) -> OffloadedModel:
+    settings = {"device": "cuda", "context_tokens": CONTEXT_TOKENS, "prefetch": "off", "warm_start": False}
+    with pytest.raises(BudgetError) as vram:
+        OffloadedModel.from_pretrained(pack, vram=1, ram="80%", **settings)
+    return OffloadedModel.from_pretrained(
+        pack, vram=vram.value.needed_bytes + slots * 16384, ram="80%", graphs=graphs, **settings
+    )
+
+
+def test_neither_graphs_nor_budgets_change_a_bit(pack: Path):
+    with load(pack, 1000, "off") as plain:
+        expected = answer(plain)
+    for slots in (0, 6, 1000):
+        with load(pack, slots, "on") as model:
+            for _ in range(3):
+                assert torch.equal(answer(model), expected)
+            forward = model._graphs.forward
+            assert forward is not None
+            assert not forward.is_off
+            assert forward.num_recorded
+            if slots == 1000:
+                assert forward.num_whole
+            model._residency.cache.check_integrity()
+
+
+def test_pieces_share_a_pool_and_are_replayed_on_any_stream():
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = CudaRecorder(device)
+    x = torch.zeros(16, device=device)
+    with recorder.session():
+        recorder.begin()
+        doubled = x * 2
+        first = recorder.end()
+        recorder.begin()
+        result = doubled + 1
+        second = recorder.end()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            x.add_(3)
+            first()
+            second()
+            stream.synchronize()
+        assert torch.equal(result, x * 2 + 1)
+
+
+def test_a_wait_in_a_recording_leaves_the_device_as_it_was():
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = CudaRecorder(device)
+    x = torch.ones(16, device=device)
+
+    def wait() -> None:
+        with recorder.session():
+            recorder.begin()
+            (x * 2).sum().item()
+
+    with pytest.raises(RecordingError):
+        wait()
+    assert (x * 2).sum().item() == 32
+    with recorder.session():
+        recorder.begin()
+        y = x + 1
+        replay = recorder.end()
+    replay()
+    assert y.sum().item() == 32
