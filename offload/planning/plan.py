@@ -288,12 +288,16 @@ class _Demand:
                 chunk_tokens=self.chunk_tokens,
             )
         self.kv_bytes = sum(self.cache_bytes)
-        self.workspace_bytes = workspace_bytes(
-            config,
-            chunk_tokens=self.chunk_tokens,
-            context_tokens=context_tokens,
-            dtype_bytes=dtype_bytes,
-            expert_rows=expert_rows,
+        passes = [self.chunk_tokens] if device == "cpu" else [self.chunk_tokens, 1]  # a recorded step keeps its own
+        self.workspace_bytes = sum(
+            workspace_bytes(
+                config,
+                chunk_tokens=tokens,
+                context_tokens=context_tokens,
+                dtype_bytes=dtype_bytes,
+                expert_rows=expert_rows,
+            )
+            for tokens in passes
         )
         self.needs = [SlotNeed(layer.num_experts, layer.slot_bytes, _FEWEST_SLOTS) for layer in layers]
         # All of a token's experts can be on their way at once, however few slots their layer has.
