@@ -85,11 +85,13 @@ def _mlp_bytes(decoder: Any, tokens: int, hidden_size: int, dtype_bytes: int, ex
     routed_bytes = tokens * top_k * hidden_size * 4  # every expert's output, summed in router order afterwards
     # One expert may be given every token: its input, each projection's output and the activation, in fp32 at worst.
     expert_bytes = tokens * (hidden_size * (dtype_bytes + 4) + 2 * expert_rows * 4)
+    # On a GPU all pairs of a token and an expert go together: what is between their products, in the dtype of x.
+    pairs_bytes = tokens * top_k * (expert_rows // 2) * dtype_bytes
     dense_width = max(
         getattr(decoder, name, None) or 0
         for name in ("intermediate_size", "intermediate_size_mlp", "shared_intermediate_size", "ffn_hidden_size")
     )
-    return _DEQUANT_TILE_BYTES + routed_bytes + max(expert_bytes, 4 * tokens * dense_width * dtype_bytes)
+    return _DEQUANT_TILE_BYTES + routed_bytes + max(expert_bytes, pairs_bytes, 4 * tokens * dense_width * dtype_bytes)
 
 
 def experts_per_token(decoder: Any) -> int:

@@ -69,7 +69,8 @@ def _gate_and_up(
         )
 
 
-@triton.jit(do_not_specialize_on_alignment=["x"])
+# Where rows of a batch begin must not choose another kernel, whose sums may run in another order.
+@triton.jit(do_not_specialize_on_alignment=["slots", "x"])
 def decode_up(
     slab,
     slots,
@@ -110,7 +111,8 @@ def decode_up(
 def _weighted_sum(outputs, slots, weights, first_pair, index, TOP_K: tl.constexpr, OUTPUT: tl.constexpr):
     """In order of k; one rounding a term, wherever it is compiled into."""
     total = tl.zeros(index.shape, dtype=tl.float32)
-    for pair in range(first_pair, first_pair + TOP_K):
+    for k in range(TOP_K):
+        pair = first_pair + k
         is_here = tl.load(slots + pair) >= 0
         # written by other programs of the same launch: not from a cache that they do not write to
         term = tl.load(
@@ -121,7 +123,9 @@ def _weighted_sum(outputs, slots, weights, first_pair, index, TOP_K: tl.constexp
     return total
 
 
-@triton.jit(do_not_specialize=["sums"])
+@triton.jit(
+    do_not_specialize=["sums"], do_not_specialize_on_alignment=["slots", "outputs", "weights", "result", "counters"]
+)
 def decode_down(
     slab,
     slots,

@@ -1,6 +1,6 @@
 """Slot kernels in Triton, for Nvidia GPUs from Turing on."""
 
-from functools import cache
+from contextlib import AbstractContextManager
 
 import torch
 import triton
@@ -10,14 +10,13 @@ from torch import Tensor
 from moe_offload.quant.slot_kernels.slot_mlp import SlotMlp
 from moe_offload.quant.slot_kernels.triton_decode import combine_outputs, decode_down, decode_up
 from moe_offload.quant.slot_kernels.triton_grouped import grouped_down, grouped_up
-from moe_offload.quant.slot_kernels.triton_mlp import packed_mlp
+from moe_offload.quant.slot_kernels.triton_mlp import PackedMlp, packed_mlp
 from moe_offload.quant.slot_kernels.triton_shapes import decode_shape, grouped_shape
 from moe_offload.quant.slot_kernels.triton_weight import value_table
 
 _COMBINE_BLOCK = 256
 _AMPERE = (8, 0)
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_described = cache(packed_mlp)
 
 
 class TritonKernels:
@@ -26,27 +25,34 @@ class TritonKernels:
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
-        self._counters = torch.zeros(1 << 14, dtype=torch.int32, device=device)
+        self._counters = [torch.zeros(1 << 15, dtype=torch.int32, device=device)]
         self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _AMPERE
+        # By identity, since a step asks for one a layer; the key's object is held so that it stays the only one.
+        self._packed: dict[int, tuple[SlotMlp, PackedMlp]] = {}
 
     @staticmethod
     def check(mlp: SlotMlp) -> None:
         """`FormatError`, saying why, for weights that these kernels cannot read."""
-        _described(mlp)
+        packed_mlp(mlp)
 
     def try_out(self) -> None:
         """Build and run a small kernel; whatever Triton raises where it cannot."""
-        outputs = self._counters.new_zeros(1, 1, 1, dtype=torch.float32)
-        self.combine(outputs, self._counters.new_zeros(1, 1), outputs[0], outputs[0].clone())
+        slots = self._counters[0].new_zeros(1, 1)
+        outputs = slots.float()[None]
+        self.combine(outputs, slots, outputs[0], outputs[0].clone())
 
     def decode_experts(self, mlp: SlotMlp, slab: Tensor, slots: Tensor, x: Tensor, outputs: Tensor) -> None:
-        self._decode(mlp, slab, slots, x, outputs, None, outputs)
+        self._decode(mlp, slab, slots, x, outputs, None, x)
 
     def decode_layer(
         self, mlp: SlotMlp, slab: Tensor, slots: Tensor, x: Tensor, weights: Tensor, result: Tensor
     ) -> None:
         outputs = torch.empty(*slots.shape, mlp.output_size, device=x.device)
-        self._decode(mlp, slab, slots, x, outputs, weights, result)
+        if result.dtype == x.dtype:
+            self._decode(mlp, slab, slots, x, outputs, weights, result)
+        else:  # another dtype would make another kernel of it, whose outputs need not have the same bits
+            self.decode_experts(mlp, slab, slots, x, outputs)
+            self.combine(outputs, slots, weights, result)
 
     def _decode(
         self,
@@ -58,58 +64,59 @@ class TritonKernels:
         weights: Tensor | None,
         result: Tensor,
     ) -> None:
-        packed = _described(mlp)
+        packed = self._described(mlp)
         num_rows, top_k = slots.shape
         slot_bytes = slab.shape[1]
         hidden = torch.empty(num_rows * top_k, mlp.inner_size, device=x.device)
-        shape = decode_shape(packed.gate, top_k)
-        decode_up[(num_rows * top_k, triton.cdiv(mlp.inner_size, shape.rows))](
-            slab,
-            slots,
-            value_table(packed.gate_part, x.device),
-            value_table(packed.up_part, x.device),
-            x,
-            hidden,
-            SLOT_BYTES=slot_bytes,
-            TOP_K=top_k,
-            INNER=mlp.inner_size,
-            GATE=packed.gate,
-            UP=packed.up,
-            GATE_BIAS=packed.gate_bias,
-            UP_BIAS=packed.up_bias,
-            ACTIVATION=packed.activation,
-            ROWS=shape.rows,
-            STEP=shape.step,
-            num_warps=1,
-        )
-        shape = decode_shape(packed.down, top_k)
-        num_blocks = triton.cdiv(mlp.output_size, shape.rows)
-        decode_down[(num_rows * top_k, num_blocks)](
-            slab,
-            slots,
-            value_table(mlp.down, x.device),
-            hidden,
-            outputs,
-            outputs if weights is None else weights,
-            result,
-            self._room_for(num_rows * num_blocks),
-            int(weights is not None),
-            SLOT_BYTES=slot_bytes,
-            TOP_K=top_k,
-            OUTPUT=mlp.output_size,
-            DOWN=packed.down,
-            BIAS=packed.down_bias,
-            ROWS=shape.rows,
-            STEP=shape.step,
-            num_warps=1,
-        )
+        up, down = decode_shape(packed.gate, top_k), decode_shape(packed.down, top_k)
+        num_blocks = triton.cdiv(mlp.output_size, down.rows)
+        with _device_of(x):
+            decode_up[(num_rows * top_k, triton.cdiv(mlp.inner_size, up.rows))](
+                slab,
+                slots,
+                value_table(packed.gate_part, x.device),
+                value_table(packed.up_part, x.device),
+                x,
+                hidden,
+                SLOT_BYTES=slot_bytes,
+                TOP_K=top_k,
+                INNER=mlp.inner_size,
+                GATE=packed.gate,
+                UP=packed.up,
+                GATE_BIAS=packed.gate_bias,
+                UP_BIAS=packed.up_bias,
+                ACTIVATION=packed.activation,
+                ROWS=up.rows,
+                STEP=up.step,
+                num_warps=1,
+            )
+            decode_down[(num_rows * top_k, num_blocks)](
+                slab,
+                slots,
+                value_table(mlp.down, x.device),
+                hidden,
+                outputs,
+                outputs if weights is None else weights,
+                result,
+                self._room_for(num_rows * num_blocks),
+                int(weights is not None),
+                SLOT_BYTES=slot_bytes,
+                TOP_K=top_k,
+                OUTPUT=mlp.output_size,
+                DOWN=packed.down,
+                BIAS=packed.down_bias,
+                ROWS=down.rows,
+                STEP=down.step,
+                num_warps=1,
+            )
 
     def combine(self, outputs: Tensor, slots: Tensor, weights: Tensor, result: Tensor) -> None:
         num_rows, top_k = slots.shape
         num_cols = result.shape[1]
-        combine_outputs[(num_rows, triton.cdiv(num_cols, _COMBINE_BLOCK))](
-            outputs, slots, weights, result, TOP_K=top_k, OUTPUT=num_cols, BLOCK=_COMBINE_BLOCK
-        )
+        with _device_of(outputs):
+            combine_outputs[(num_rows, triton.cdiv(num_cols, _COMBINE_BLOCK))](
+                outputs, slots, weights, result, TOP_K=top_k, OUTPUT=num_cols, BLOCK=_COMBINE_BLOCK
+            )
 
     def grouped_experts(
         self,
@@ -122,7 +129,7 @@ class TritonKernels:
         outputs: Tensor,
         out_rows: Tensor,
     ) -> None:
-        packed = _described(mlp)
+        packed = self._described(mlp)
         num_pairs, num_groups, slot_bytes = len(x_rows), len(slots), slab.shape[1]
         # Turing has no matrix units for bf16
         dtype = torch.float32 if x.dtype == torch.bfloat16 and self._capability < _AMPERE else x.dtype
@@ -130,55 +137,68 @@ class TritonKernels:
         shape = grouped_shape(packed, len(x), dtype, self._capability)
         num_tiles = num_pairs // shape.block_m + num_groups  # that many at most
         groups = max(16, triton.next_power_of_2(num_groups))
-        grouped_up[(num_tiles, triton.cdiv(mlp.inner_size, shape.block_n))](
-            slab,
-            slots,
-            offsets,
-            num_groups,
-            value_table(packed.gate_part, x.device),
-            value_table(packed.up_part, x.device),
-            x,
-            x_rows,
-            hidden,
-            SLOT_BYTES=slot_bytes,
-            INNER=mlp.inner_size,
-            GATE=packed.gate,
-            UP=packed.up,
-            GATE_BIAS=packed.gate_bias,
-            UP_BIAS=packed.up_bias,
-            ACTIVATION=packed.activation,
-            DTYPE=_DTYPES[dtype],
-            GROUPS=groups,
-            BLOCK_M=shape.block_m,
-            BLOCK_N=shape.block_n,
-            BLOCK_K=shape.block_k,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-        )
-        grouped_down[(num_tiles, triton.cdiv(mlp.output_size, shape.block_n))](
-            slab,
-            slots,
-            offsets,
-            num_groups,
-            value_table(mlp.down, x.device),
-            hidden,
-            outputs,
-            out_rows,
-            SLOT_BYTES=slot_bytes,
-            OUTPUT=mlp.output_size,
-            DOWN=packed.down,
-            BIAS=packed.down_bias,
-            DTYPE=_DTYPES[dtype],
-            GROUPS=groups,
-            BLOCK_M=shape.block_m,
-            BLOCK_N=shape.block_n,
-            BLOCK_K=shape.block_k,
-            num_warps=shape.num_warps,
-            num_stages=shape.num_stages,
-        )
+        with _device_of(x):
+            grouped_up[(num_tiles, triton.cdiv(mlp.inner_size, shape.block_n))](
+                slab,
+                slots,
+                offsets,
+                num_groups,
+                value_table(packed.gate_part, x.device),
+                value_table(packed.up_part, x.device),
+                x,
+                x_rows,
+                hidden,
+                SLOT_BYTES=slot_bytes,
+                INNER=mlp.inner_size,
+                GATE=packed.gate,
+                UP=packed.up,
+                GATE_BIAS=packed.gate_bias,
+                UP_BIAS=packed.up_bias,
+                ACTIVATION=packed.activation,
+                DTYPE=_DTYPES[dtype],
+                GROUPS=groups,
+                BLOCK_M=shape.block_m,
+                BLOCK_N=shape.block_n,
+                BLOCK_K=shape.block_k,
+                num_warps=shape.num_warps,
+                num_stages=shape.num_stages,
+            )
+            grouped_down[(num_tiles, triton.cdiv(mlp.output_size, shape.block_n))](
+                slab,
+                slots,
+                offsets,
+                num_groups,
+                value_table(mlp.down, x.device),
+                hidden,
+                outputs,
+                out_rows,
+                SLOT_BYTES=slot_bytes,
+                OUTPUT=mlp.output_size,
+                DOWN=packed.down,
+                BIAS=packed.down_bias,
+                DTYPE=_DTYPES[dtype],
+                GROUPS=groups,
+                BLOCK_M=shape.block_m,
+                BLOCK_N=shape.block_n,
+                BLOCK_K=shape.block_k,
+                num_warps=shape.num_warps,
+                num_stages=shape.num_stages,
+            )
+
+    def _described(self, mlp: SlotMlp) -> PackedMlp:
+        known = self._packed.get(id(mlp))
+        if known is None:
+            known = self._packed[id(mlp)] = mlp, packed_mlp(mlp)
+        return known[1]
 
     def _room_for(self, num_counters: int) -> Tensor:
-        """Zeros, which every launch leaves as it found them."""
-        if num_counters > self._counters.numel():
-            self._counters = self._counters.new_zeros(num_counters)
-        return self._counters
+        """Zeros, which every launch leaves as it found them. Outgrown ones stay: a captured graph may have them."""
+        if num_counters > self._counters[-1].numel():
+            self._counters.append(self._counters[-1].new_zeros(num_counters))
+        return self._counters[-1]
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device; nothing for a tensor on the CPU."""
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return context

@@ -28,7 +28,7 @@ def decode_shape(weight: PackedWeight, top_k: int) -> DecodeShape:
         step *= 2
     while step > 1 and step // 2 >= weight.num_units:
         step //= 2
-    rows = 8
+    rows = 8 if weight.num_units % step == 0 else 4  # what is beyond the last column takes registers too
     if weight.kind == NF3.value:
         rows, step = 2, min(step, 4)  # eight planes a unit, each with numbers in registers
     while rows > 2 and -(-weight.num_rows // rows) * top_k < _ENOUGH_PROGRAMS:
