@@ -170,7 +170,7 @@ def measure(shape: Shape, spec: str, device: torch.device) -> Row:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| experts | format | kernels | decode, us | GB/s | of a copy's rate | prefill, ms | of a bf16 product's rate |",
+        "| experts | format | kernels | decode, us | GB/s | of a copy | prefill, ms | of a bf16 product |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
