@@ -8,6 +8,7 @@ import click
 
 from moe_offload.cli import choices
 from moe_offload.cli.param_types import FormatType, PrefetchType, SharesType, SizeType
+from moe_offload.errors import ConfigError
 
 
 @click.command()
@@ -154,7 +155,8 @@ def bench(
     from moe_offload.cli.consoles import notes_console
     from moe_offload.cli.opening import quiet_libraries, silence_transformers
     from moe_offload.cli.progress import TerminalProgress
-    from moe_offload.offload.bench import run
+    from moe_offload.cli.ranks import group_if_any, serve_group, serves_experts
+    from moe_offload.offload.bench import run, serve_runs
     from moe_offload.offload.bench.packs import Shape, synthetic_pack
     from moe_offload.offload.bench.settings import Workload, cross
     from moe_offload.offload.pack.manifest import is_pack
@@ -169,7 +171,14 @@ def bench(
     shares = [share for given in resident for share in given] or ([] if ram else [0.5, 1.0])
     settings = cross(ram=ram, resident=shares, policies=policy, prefetch=prefetch)
     progress = TerminalProgress(console)
-    with quiet_libraries(console):
+    if serves_experts():
+        if pack is None or not is_pack(pack):
+            raise ConfigError("ranks that share the experts measure a pack that is there: name its folder")
+        serve_group(lambda group: serve_runs(pack, settings, workload, group, repeat=repeat), "cpu")
+        return
+    with quiet_libraries(console), group_if_any("cpu") as group:
+        if group is not None:
+            silence_transformers()
         if pack is not None and is_pack(pack):
             _refuse_shape(shape_options)
             folder, name = pack, pack.name
@@ -192,6 +201,7 @@ def bench(
             repeat=repeat,
             trace=trace,
             on_run=lambda setting, figures: console.print(one_run(setting, figures), style="dim"),
+            group=group,
         )
     if json_path is not None:
         text = json.dumps(report.to_dict(), indent=1) + "\n"

@@ -17,8 +17,13 @@ from moe_offload.cli.options import MODEL, format_options
     show_default="under MOE_OFFLOAD_HOME, where chat and generate find it",
     help="Folder to write.",
 )
+@click.option(
+    "--share",
+    metavar="RANK/RANKS",
+    help="Only the experts of one rank, like 0/2 and 1/2, for machines that share a model with torchrun.",
+)
 @format_options
-def pack(model: str, output: Path | None, **formats: Any) -> None:
+def pack(model: str, output: Path | None, share: str | None, **formats: Any) -> None:
     """Make an expert pack of a checkpoint, ready to run.
 
     MODEL is a folder or a name on the Hugging Face hub (models that ask for a login: set HF_TOKEN). Whatever stops
@@ -36,10 +41,12 @@ def pack(model: str, output: Path | None, **formats: Any) -> None:
         with console.status("Starting"):
             from moe_offload.offload.pack.manifest import read_manifest
             from moe_offload.offload.pack.packer import pack_model
+            from moe_offload.offload.pack.share import Share
 
             silence_transformers()
         try:
-            folder = pack_model(model, output, progress=progress, **formats)
+            part = None if share is None else Share.parse(share)
+            folder = pack_model(model, output, share=part, progress=progress, **formats)
         finally:
             progress.abandon()
         manifest = read_manifest(folder)

@@ -47,7 +47,7 @@ def test_three_ranks_and_one_that_falls_silent(pack):
     with OffloadedModel.from_pretrained(pack, **SETTINGS) as model:
         inputs = example_inputs(model.model.config, num_tokens=20)
         tokens, logits = run_logits(model.model, inputs)
-    with group_of(3, MOE_OFFLOAD_PEER_TIMEOUT="2") as (group, (second, third)):
+    with group_of(3, MOE_OFFLOAD_PEER_TIMEOUT="5") as (group, (second, third)):
         for child in (second, third):
             child.serve(pack, num_slots=1)
         with OffloadedModel.from_pretrained(pack, group=group, **SETTINGS) as model:
@@ -57,7 +57,7 @@ def test_three_ranks_and_one_that_falls_silent(pack):
             assert model.plan.num_experts == (3, 3, 3)
             assert "3 on this machine" in group.note
             os.kill(third.process.pid, signal.SIGSTOP)
-            with pytest.raises(PeerLostError, match="rank 2 has given no sign of life for 2 s"):
+            with pytest.raises(PeerLostError, match="rank 2 has given no sign of life for 5 s"):
                 model.generate(PROMPT, max_new_tokens=56)
         status, said = second.end()
         assert status == 1
@@ -128,7 +128,7 @@ def test_two_machines_by_network_namespaces(pack, namespaces, tmp_path):
     first, second = (
         Child(
             rank_environment(rank, 2, port, host="10.77.0.1", local=False)
-            | {"MOE_OFFLOAD_PEER_TIMEOUT": "2", "MOE_OFFLOAD_HOME": str(tmp_path / f"home-{rank}")},
+            | {"MOE_OFFLOAD_PEER_TIMEOUT": "5", "MOE_OFFLOAD_HOME": str(tmp_path / f"home-{rank}")},
             "ip",
             "netns",
             "exec",
@@ -141,7 +141,7 @@ def test_two_machines_by_network_namespaces(pack, namespaces, tmp_path):
         for child in (first, second):
             child.serve(pack.parent / "checkpoint", format="nf4")
         first.write_line(PROMPT)
-        assert first.read_line() == expected
+        assert first.read_line() == expected, first.end()
         assert len(list((tmp_path / "home-1/packs").glob("*-share-1-of-2/pack.json"))) == 1
         subprocess.run(["ip", "-n", namespaces[1], "link", "set", "eth0", "down"], check=True)
         first.write_line(PROMPT)

@@ -4,9 +4,20 @@
 does.
 """
 
-from moe_offload.offload.bench.compare import run
+from moe_offload.offload.bench.compare import run, serve_runs
 from moe_offload.offload.bench.packs import Shape, synthetic_pack
 from moe_offload.offload.bench.report import BenchReport, Row, RunFigures
 from moe_offload.offload.bench.settings import Setting, Workload, cross
 
-__all__ = ["BenchReport", "Row", "RunFigures", "Setting", "Shape", "Workload", "cross", "run", "synthetic_pack"]
+__all__ = [
+    "BenchReport",
+    "Row",
+    "RunFigures",
+    "Setting",
+    "Shape",
+    "Workload",
+    "cross",
+    "run",
+    "serve_runs",
+    "synthetic_pack",
+]

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_offload._version import VERSION
 from moe_offload.errors import ConfigError, MoeOffloadError
 from moe_offload.offload.bench.report import BenchReport, PackFigures, Row, RunFigures
 from moe_offload.offload.bench.settings import Job, Setting, Workload
+
+if TYPE_CHECKING:
+    from moe_offload.offload.parallel.group import ExpertGroup
 
 OnRun = Callable[[Setting, RunFigures], None]
 
@@ -27,12 +30,14 @@ def run(
     isolated: bool = True,
     on_run: OnRun | None = None,
     trace: Path | None = None,
+    group: "ExpertGroup | None" = None,
 ) -> BenchReport:
     """Measure every setting ``repeat`` times, all of them once before any of them again.
 
     ``isolated``: each run in a fresh process, so that none profits from another's memory; else in this one. ``on_run``
     is told each run's figures as they come. ``trace``: record each run to this file, or to files beside it that begin
-    with its name if there are several runs. Raises what loading a model raises; a child's errors as
+    with its name if there are several runs. ``group``: the others of it call `serve_runs` meanwhile; all runs are in
+    this process then. Raises what loading a model raises; a child's errors as
     `MoeOffloadError` with its message.
     """
     if not settings:
@@ -46,17 +51,28 @@ def run(
             if trace is not None and len(settings) * repeat > 1:
                 recorded = trace.with_name(f"{trace.stem}-{line + 1}-{index + 1}{trace.suffix}")
             job = Job(str(pack), setting, workload, index, None if recorded is None else str(recorded))
-            figures.append(_run_isolated(job) if isolated else _run_here(job))
+            figures.append(_run_isolated(job) if isolated and group is None else _run_here(job, group))
             if on_run is not None:
                 on_run(setting, figures[-1])
     rows = tuple(Row(setting, tuple(figures)) for setting, figures in zip(settings, runs, strict=True))
     return BenchReport(_machine(workload), _pack_figures(pack, name or pack.name), workload, rows)
 
 
-def _run_here(job: Job) -> RunFigures:
+def serve_runs(
+    pack: Path, settings: Sequence[Setting], workload: Workload, group: "ExpertGroup", *, repeat: int = 1
+) -> None:
+    """On other ranks than 0: hold this rank's experts for every run that rank 0 makes."""
+    from moe_offload.offload.bench.measure import serve_run
+
+    for index in range(repeat):
+        for setting in settings:
+            serve_run(Job(str(pack), setting, workload, index), group)
+
+
+def _run_here(job: Job, group: "ExpertGroup | None" = None) -> RunFigures:
     from moe_offload.offload.bench.measure import measure
 
-    return measure(job)
+    return measure(job, group)
 
 
 def _run_isolated(job: Job) -> RunFigures:

@@ -5,7 +5,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,25 +22,34 @@ from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.first_use import pack_config
 from moe_offload.offload.model import OffloadedModel
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
+from moe_offload.offload.pack.share import Share
+from moe_offload.offload.pack.shared_out import shape_of_share
 from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss_bytes, reset_peak_rss, rss_bytes
 from moe_offload.offload.planning.plan import make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.reports import RunReport
 from moe_offload.offload.row_embedding import table_in_pack
 
+if TYPE_CHECKING:
+    from moe_offload.offload.parallel.group import ExpertGroup
+
 _UNLIMITED_BYTES = 1 << 60
 _POLL_S, _STUCK_S = 0.005, 5.0
 
 
-def measure(job: Job) -> RunFigures:
-    """Run the job in this process; the rates are measured before the model is loaded and after it is closed."""
+def measure(job: Job, group: "ExpertGroup | None" = None) -> RunFigures:
+    """Run the job in this process; the rates are measured before the model is loaded and after it is closed.
+
+    ``group``: its other ranks are in `serve_run`; counts are of all of them.
+    """
     workload, folder = job.workload, Path(job.pack)
     if workload.threads is not None:
         torch.set_num_threads(workload.threads)
     give_freed_memory_back()
     manifest, config = read_manifest(folder), pack_config(folder)
     rates = _rates(job, manifest, config)
-    ram = job.setting.ram if job.setting.resident is None else _ram_bytes(folder, manifest, config, job)
+    share = None if group is None else group.share
+    ram = job.setting.ram if job.setting.resident is None else _ram_bytes(folder, manifest, config, job, share)
     base_bytes = rss_bytes()
     has_peak = reset_peak_rss()
     begin_s = time.perf_counter()
@@ -53,6 +62,7 @@ def measure(job: Job) -> RunFigures:
         prefetch=job.setting.prefetch,
         warm_start=False,  # what one run found hot must not help the next
         trace=job.trace,
+        group=group,
     ) as model:
         load_s = time.perf_counter() - begin_s
         note = _force_routing(model, job)
@@ -74,7 +84,30 @@ def measure(job: Job) -> RunFigures:
         kv_bytes_per_token=traffic.kv_bytes,
         operations=operations if workload.kind == "prefill" else None,
         rates=rates.best(_rates(job, manifest, config)),
+        num_ranks=1 if group is None else group.place.num_ranks,
         **counts,
+    )
+
+
+def serve_run(job: Job, group: "ExpertGroup") -> None:
+    """On other ranks than 0, while it measures: hold this rank's experts, under a budget of this rank's own."""
+    from moe_offload.offload.parallel.loading import serve_experts
+
+    folder, setting = Path(job.pack), job.setting
+    if job.workload.threads is not None:
+        torch.set_num_threads(job.workload.threads)
+    ram = setting.ram
+    if setting.resident is not None:
+        ram = _ram_bytes(folder, read_manifest(folder), pack_config(folder), job, group.share)
+    serve_experts(
+        folder,
+        group,
+        device="cpu",
+        ram=ram or "auto",
+        context_tokens=job.workload.context_tokens,
+        policy=setting.policy,
+        prefetch=setting.prefetch,
+        warm_start=False,
     )
 
 
@@ -103,9 +136,15 @@ def _force_routing(model: OffloadedModel, job: Job) -> str:
 
 def fill_slots(model: OffloadedModel) -> None:
     """Read experts into every slot, so that no run is timed while its cache is still empty."""
-    cache = model._residency.cache
+    residency, cache = model._residency, model._residency.cache
     for layer_idx, num_slots in enumerate(model.plan.num_slots):
-        model._residency.prefetch(layer_idx, range(num_slots))
+        if (peers := residency.peers) is None:
+            residency.prefetch(layer_idx, range(num_slots))
+            continue
+        everyone = range(cache.num_experts(layer_idx))
+        here = [expert_idx for expert_idx in everyone if peers.is_here(expert_idx)]
+        elsewhere = [expert_idx for expert_idx in everyone if not peers.is_here(expert_idx)]
+        residency.prefetch(layer_idx, here[:num_slots] + elsewhere)
     progress_bytes, since_s = -1, time.perf_counter()
     while sum(len(cache.resident(layer_idx)) for layer_idx in range(cache.num_layers)) < sum(model.plan.num_slots):
         if (bytes_read := model._residency.bytes_read) > progress_bytes:
@@ -153,7 +192,8 @@ def _prefill(model: OffloadedModel, workload: Workload) -> dict[str, Any]:
 
 
 def _counts(report: RunReport) -> dict[str, Any]:
-    names = ("hit_ratio", "bytes_read", "stall_s", "prefetch_recall", "prefetch_issued", "prefetch_wasted")
+    names = ["hit_ratio", "bytes_read", "stall_s", "prefetch_recall", "prefetch_issued", "prefetch_wasted"]
+    names += ["peer_wait_s", "peer_bytes"]
     needed_bytes = max(0, report.bytes_read - report.prefetch_wasted_bytes)
     return {name: getattr(report, name) for name in names} | {"bytes_missed": needed_bytes}
 
@@ -177,25 +217,32 @@ def _rates(job: Job, manifest: PackManifest, config: Any) -> MachineRates:
     return MachineRates(memory.bytes_per_s, disk.bytes_per_s, direct, matrix)
 
 
-def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job) -> int:
-    """The budget with which the share of every layer's experts that the setting asks for is resident."""
+def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job, share: Share | None = None) -> int:
+    """The budget with which the part of every layer's experts that the setting asks for is resident.
+
+    ``share``: of this rank's experts.
+    """
     assert job.setting.resident is not None
     dtype = config.dtype or torch.bfloat16
+    shape = shape_of_share(manifest, share)
+    holds_only_experts = share is not None and share.rank > 0
     with DenseWeights(folder, manifest) as dense:
+        table = table_in_pack(config, dense.keys(), "cpu")
         plan = make_plan(
-            manifest,
+            shape,
             config,
             device="cpu",
             ram_bytes=_UNLIMITED_BYTES,
             vram_bytes=None,
             context_tokens=job.workload.context_tokens,
-            dtype_bytes=dtype.itemsize,
+            dtype_bytes=4 if holds_only_experts else dtype.itemsize,
             top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(manifest.layers),
-            resident_dense_bytes=dense.resident_bytes(dtype, without=table_in_pack(config, dense.keys(), "cpu")),
+            resident_dense_bytes=0 if holds_only_experts else dense.resident_bytes(dtype, without=table),
+            experts_only=holds_only_experts,
         )
     return plan.total_bytes("RAM") - sum(
         (layer.num_experts - max(1, round(job.setting.resident * layer.num_experts))) * layer.slot_bytes
-        for layer in manifest.layers
+        for layer in shape.layers
     )
 
 

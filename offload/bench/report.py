@@ -18,12 +18,15 @@
     {"routing", "ram_bytes", "resident_share", "load_s", "peak_bytes", "time_to_first_token_s", "tokens", "elapsed_s",
      "tokens_per_s", "median_step_s", "hit_ratio", "bytes_read", "bytes_read_per_token", "bytes_missed",
      "bytes_missed_per_token", "stall_s", "stall_share", "prefetch_recall", "prefetch_issued", "prefetch_wasted",
-     "expert_bytes_per_token", "dense_bytes_per_token", "kv_bytes_per_token", "operations", "rates"}
+     "expert_bytes_per_token", "dense_bytes_per_token", "kv_bytes_per_token", "operations", "rates", "num_ranks",
+     "peer_wait_s", "peer_bytes"}
 
 ``bytes_missed`` are those that had to be read, at once or ahead of time: all that were read (``bytes_read``) but for
 what was prefetched in vain. ``routing`` says in words where the choice of experts came from, and
 ``peak_bytes`` is the most memory that the process held beyond its imports. In a prefill the tokens are the prompt's,
 ``elapsed_s`` is the time to the first token, and ``operations`` counts multiplications and additions; else it is null.
+Where several ranks share the experts, counts are of all, times and budgets are rank 0's, and the bound is that of one
+machine; ``peer_bytes`` is what rank 0 sent and received, ``peer_wait_s`` the time in which it waited for the others.
 """
 
 import statistics
@@ -82,6 +85,9 @@ class RunFigures:
     kv_bytes_per_token: int
     operations: int | None
     rates: MachineRates
+    num_ranks: int = 1
+    peer_wait_s: float = 0.0
+    peer_bytes: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -110,7 +116,7 @@ class RunFigures:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunFigures":
         """The inverse of `to_dict`."""
-        own = {name: values[name] for name in cls.__dataclass_fields__}
+        own = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         return cls(**own | {"rates": MachineRates(**values["rates"])})
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # For all ranks to be started, on machines that may be busy.
 START_TIMEOUT_S = 120
 _PART_TIMEOUT_S = 10
-_POLL = timedelta(seconds=0.5)
+_POLL_S = 0.05
 # A rank may wait for another's disk, or for the user's next message: who is lost is the watch's to say.
 _NO_TIMEOUT = timedelta(days=365)
 T = TypeVar("T")
@@ -196,12 +196,11 @@ class ExpertGroup:
         while True:
             self.check()
             try:
-                self._store.wait([key], _POLL)
-                return self._store.get(key)
-            except dist.DistStoreError:
-                continue  # not yet
+                if self._store.check([key]):
+                    return self._store.get(key)
             except RuntimeError as error:
                 raise self.lost(0, error) from error
+            time.sleep(_POLL_S)
 
     def _abort(self) -> None:
         for link in self.links.values():
