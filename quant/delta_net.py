@@ -8,12 +8,14 @@ from torch import Tensor
 
 from moe_offload.quant.kernels import DTYPES
 from moe_offload.quant.step_weights import (
+    ConvolutionStructure,
     Norm,
     NormStructure,
     PackedProjection,
     ProjectionStructure,
     RawWeight,
     check,
+    convolution_structure,
     entry,
     norm_structure,
     projection_structure,
@@ -26,11 +28,9 @@ class _DeltaNet(ctypes.Structure):
     _fields_ = (
         *((name, ProjectionStructure) for name in ("mixed", "gate", "beta", "decay", "output")),
         ("norm", NormStructure),
-        *((name, ctypes.c_void_p) for name in ("convolution", "decay_bias", "decay_log")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim", "kernel_size")
-        ),
+        ("convolution", ConvolutionStructure),
+        *((name, ctypes.c_void_p) for name in ("decay_bias", "decay_log")),
+        *((name, ctypes.c_int64) for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim")),
         *((name, ctypes.c_int32) for name in ("decay_bias_dtype", "decay_log_dtype", "is_grouped", "dtype")),
     )
 
@@ -80,8 +80,8 @@ class DeltaNetCall:
         self._structure = _DeltaNet(
             *(projection_structure(p) for p in (w.mixed, w.gate, w.beta, w.decay, w.output)),
             norm_structure(w.norm),
-            *(w.convolution.data_ptr(), bias, log),
-            *(w.num_key_heads, w.num_value_heads, w.key_dim, w.value_dim, w.convolution.shape[1]),
+            *(convolution_structure(w.convolution), bias, log),
+            *(w.num_key_heads, w.num_value_heads, w.key_dim, w.value_dim),
             *(bias_dtype, log_dtype, w.gate is None, DTYPES[dtype]),
         )
         self._address = ctypes.addressof(self._structure)

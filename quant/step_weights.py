@@ -68,6 +68,15 @@ class NormStructure(ctypes.Structure):
     )
 
 
+class ConvolutionStructure(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("kernel_size", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 def entry(name: str, arguments: tuple[Any, ...]) -> tuple[Any, int]:
     """A function of the library that takes these arguments, and the instruction set that it takes first."""
     function, isa = kernels.entry(name)
@@ -110,3 +119,8 @@ def projection_structure(projection: RawWeight | PackedProjection | None) -> Pro
         return ProjectionStructure(PackedWeight(), raw_weight_structure(projection.weight), *bias)
     packed = packed_weight(projection.packed, projection.layout, projection.code)
     return ProjectionStructure(packed, RawWeightStructure(), *bias)
+
+
+def convolution_structure(weight: Tensor, bias: Tensor | None = None) -> ConvolutionStructure:
+    """A filter for each channel [channels, kernel_size], and a bias [channels] in its dtype or None."""
+    return ConvolutionStructure(weight.data_ptr(), vector(bias)[0], weight.shape[1], DTYPES[weight.dtype])

@@ -18,6 +18,7 @@ from moe_offload.quant.activation import Activation
 from moe_offload.quant.blocked import BlockedFormat
 from moe_offload.quant.delta_net import DeltaNetCall, DeltaNetWeights
 from moe_offload.quant.latent_step import LatentAttentionCall, LatentAttentionWeights, Rotary
+from moe_offload.quant.mamba_step import MambaCall, MambaWeights
 from moe_offload.quant.moe_layer import MoeStep, PackedMlp, PackedPart
 from moe_offload.quant.step import AttentionCall, AttentionWeights, LinearCall, NormCall
 from moe_offload.quant.step_weights import Norm, PackedProjection, RawWeight
@@ -197,6 +198,27 @@ def delta_net(dtype: torch.dtype, *, at_end: bool) -> None:
             DeltaNetCall(weights, dtype)(random(1, 1, hidden), random(1, channels, 4), state)
 
 
+def mamba(dtype: torch.dtype, *, at_end: bool) -> None:
+    """A token, with a bias of the convolution and without."""
+
+    def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return guarded(torch.randn(shape).to(of), at_end=at_end)
+
+    hidden, num_heads, num_groups = 100, 6, 2
+    for head_dim, state_size, has_bias in ((16, 32, True), (9, 21, False)):
+        print("mamba", dtype, head_dim, flush=True)
+        inner, width = num_heads * head_dim, num_groups * state_size
+        channels = inner + 2 * width
+        weights = MambaWeights(
+            *(RawWeight(random(inner + channels + num_heads, hidden)), RawWeight(random(hidden, inner))),
+            *(Norm(random(inner), 1e-6, True), random(channels, 4), random(channels) if has_bias else None),
+            *(random(num_heads), random(num_heads), random(num_heads)),
+            *(num_heads, head_dim, num_groups, state_size),
+        )
+        state = random(1, num_heads, head_dim, state_size, of=torch.float32)
+        MambaCall(weights, dtype)(random(1, 1, hidden), random(1, channels, 4), state)
+
+
 def overrun() -> None:
     """What must not survive: a weight that is shorter than its layout says."""
     fmt, shape = get_format("int8"), (7, 192)
@@ -219,6 +241,7 @@ def main() -> None:
             for dtype in DTYPES:
                 attention(dtype, at_end=at_end)
                 delta_net(dtype, at_end=at_end)
+                mamba(dtype, at_end=at_end)
                 for spec in ("bf16", "nf4", "nf3", "int8", "fp8"):
                     latent_attention(spec, dtype, at_end=at_end)
             _held.clear()

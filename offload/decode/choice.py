@@ -10,6 +10,7 @@ from moe_offload.offload.decode.attention import fuse_attention
 from moe_offload.offload.decode.delta_net import fuse_delta_nets
 from moe_offload.offload.decode.latent_attention import fuse_latent_attention
 from moe_offload.offload.decode.linears import fuse_linears
+from moe_offload.offload.decode.mamba import fuse_mambas
 from moe_offload.offload.decode.norms import fuse_norms
 from moe_offload.offload.decode.routers import fuse_routers
 from moe_offload.offload.decode.step_threads import StepForward
@@ -37,4 +38,5 @@ def fuse_decode_step(model: nn.Module, device: torch.device) -> None:
     fuse_attention(model)
     fuse_latent_attention(model)
     fuse_delta_nets(model)
+    fuse_mambas(model)
     StepForward(model)

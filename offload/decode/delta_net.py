@@ -3,54 +3,20 @@
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from moe_offload.offload.decode.attention_forward import ModuleStep, kind_of
-from moe_offload.offload.decode.attention_probe import distance
+from moe_offload.offload.decode.attention_forward import kind_of
 from moe_offload.offload.decode.linears import compute_dtype, projection_of
+from moe_offload.offload.decode.recurrent_forward import RecurrentForward, agrees
 from moe_offload.quant.delta_net import DeltaNetCall, DeltaNetWeights
 from moe_offload.quant.step_weights import Norm
 
 _CLASSES = frozenset({"Qwen3NextGatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"})
 _GROUPED, _SEPARATE = ("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _OTHERS = ("conv1d", "norm", "out_proj")
-# How far results may be apart, relative to their norm; states are sums in fp32 of what is rounded before.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-class FusedDeltaNet(ModuleStep):
+class FusedDeltaNet(RecurrentForward):
     """The forward of a gated delta net."""
-
-    def __init__(self, module: Any, call: DeltaNetCall) -> None:
-        names = (*_GROUPED, *_SEPARATE, *_OTHERS)
-        super().__init__(module, names, module.hidden_size, compute_dtype(module.out_proj))
-        self._call = call
-
-    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        if (
-            not args
-            and kwargs.get("attention_mask") is None
-            and kwargs.get("cu_seq_lens_q") is None
-            and self._may_run(hidden_states)
-        ):
-            layer = recurrent_layer(kwargs.get("cache_params"), self._module.layer_idx, self._dtype)
-            if layer is not None:
-                return self._call(hidden_states, layer.conv_states[0], layer.recurrent_states[0])
-        return self._eager(hidden_states, *args, **kwargs)
-
-
-def recurrent_layer(cache: Any, layer_idx: int, dtype: torch.dtype) -> LinearAttentionLayer | None:
-    """The cache's layer if the kernel can bring it up to date: with the states of one sequence, and no past kept."""
-    if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
-        return None
-    layer = cache.layers[layer_idx]
-    if type(layer) is not LinearAttentionLayer or layer.record_past or not layer.has_previous_state[0]:
-        return None
-    past, state = layer.conv_states[0], layer.recurrent_states[0]
-    if past is None or state is None or past.shape[0] != 1 or past.dtype != dtype or state.dtype != torch.float32:
-        return None
-    return layer if past.is_contiguous() and state.is_contiguous() else None
 
 
 def fuse_delta_nets(model: Any) -> None:
@@ -60,12 +26,15 @@ def fuse_delta_nets(model: Any) -> None:
         weights = _weights(module)
         if weights is None:
             continue
-        call = DeltaNetCall(weights, compute_dtype(module.out_proj))
+        dtype = compute_dtype(module.out_proj)
+        call = DeltaNetCall(weights, dtype)
         kind = kind_of(module)
         if kind not in known:
-            known[kind] = _agrees(module, call, weights, model.config)
+            past = torch.Size((1, *weights.convolution.shape))
+            state = torch.Size((1, weights.num_value_heads, weights.key_dim, weights.value_dim))
+            known[kind] = agrees(module, call, past, state, model.config, dtype)
         if known[kind]:
-            FusedDeltaNet(module, call)
+            FusedDeltaNet(module, (*_GROUPED, *_SEPARATE, *_OTHERS), dtype, call)
 
 
 def _weights(module: Any) -> DeltaNetWeights | None:
@@ -101,31 +70,3 @@ def _weights(module: Any) -> DeltaNetWeights | None:
         key_dim=module.head_k_dim,
         value_dim=module.head_v_dim,
     )
-
-
-@torch.no_grad()
-def _agrees(module: Any, call: DeltaNetCall, weights: DeltaNetWeights, config: Any) -> bool:
-    """Whether both give the same for a random token after random states, and leave the same states."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = compute_dtype(module.out_proj)
-    hidden_states = torch.randn(1, 1, module.hidden_size, generator=generator).to(dtype)
-    past = torch.randn(1, *weights.convolution.shape, generator=generator).to(dtype)
-    state = torch.randn(1, weights.num_value_heads, weights.key_dim, weights.value_dim, generator=generator)
-    layers = []
-    for _ in range(2):
-        cache = DynamicCache(config=config)
-        cache.update_conv_state(past, module.layer_idx)
-        cache.update_recurrent_state(state, module.layer_idx)
-        layers.append((cache, recurrent_layer(cache, module.layer_idx, dtype)))
-    (cache, own), (_, layer) = layers
-    if own is None or layer is None:
-        return False
-    expected = module(hidden_states, cache_params=cache, attention_mask=None)
-    found = call(hidden_states, layer.conv_states[0], layer.recurrent_states[0])
-    pairs = (
-        (expected, found),
-        (own.conv_states[0], layer.conv_states[0]),
-        (own.conv_states[0][..., -1], layer.conv_states[0][..., -1]),
-        (own.recurrent_states[0], layer.recurrent_states[0]),
-    )
-    return all(distance(*pair) <= _TOLERANCE[dtype] for pair in pairs)

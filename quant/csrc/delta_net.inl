@@ -1,29 +1,5 @@
 // A gated delta net of one token, over the vector type V in scope.
 
-ALWAYS_INLINE float silu(float x) { return x * sigmoid(x); }
-
-inline void convolve(const DeltaNet& net, const float* x, int64_t begin, int64_t end, void* state, float* out) {
-    with_dtype(net.dtype, [&](auto lanes) {
-        using Lanes = decltype(lanes);
-        using Type = typename Lanes::Type;
-        const int64_t size = net.kernel_size;
-        for (int64_t channel = begin; channel < end; channel++) {
-            const auto* weight = static_cast<const Type*>(net.convolution) + channel * size;
-            auto* past = static_cast<Type*>(state) + channel * size;
-            float sum = 0.0f;
-            for (int64_t i = 0; i + 1 < size; i++) {
-                past[i] = past[i + 1];
-                sum += Lanes::one(weight[i]) * Lanes::one(past[i]);
-            }
-            store_from_float(past, net.dtype, size - 1, x[channel]);
-            out[channel] = sum + Lanes::one(weight[size - 1]) * x[channel];
-        }
-    });
-    round_row(out + begin, end - begin, net.dtype);
-    for (int64_t channel = begin; channel < end; channel++) out[channel] = silu(out[channel]);
-    round_row(out + begin, end - begin, net.dtype);
-}
-
 // state = state * decay + key x delta, where delta = (value - what the decayed state answers to key) * beta.
 inline void delta_rule(const DeltaNet& net, const float* query, const float* key, const float* value, float decay,
                        float beta, float* state, float* out) {

@@ -11,9 +11,7 @@
 
 namespace {
 
-constexpr int64_t kChannelsAtOnce = 1024;
-constexpr float kNormEpsilon = 1e-6f;     // of queries and keys
-constexpr float kSoftplusLinear = 20.0f;  // above it softplus(x) is x, as torch has it
+constexpr float kNormEpsilon = 1e-6f;  // of queries and keys
 
 // What the projections of a token give: [channels], [num_value_heads * value_dim], and two of [num_value_heads].
 struct Inputs {
@@ -49,8 +47,6 @@ void normalise_head(float* x, int64_t count, float length) {
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-float softplus(float x) { return x > kSoftplusLinear ? x : std::log1p(std::exp(x)); }
-
 }  // namespace
 
 // One token through a gated delta net: x and out [hidden]. `past` [channels, kernel_size] holds the convolution's last
@@ -84,8 +80,7 @@ EXPORT int moe_offload_delta_net(int isa, const DeltaNet* net, const void* x, vo
                !make(n.decay, made.decay)) {
         return kOutOfMemory;
     }
-    auto convolve = [&](int64_t begin, int64_t end) { kernels.convolve(n, made.mixed, begin, end, past, mixed); };
-    parallel_for(channels, kChannelsAtOnce, num_threads, convolve);
+    convolve(kernels, n.convolution, made.mixed, channels, past, mixed, num_threads);
     for (int64_t head = 0; head < n.num_key_heads; head++) {
         normalise_head(mixed + head * n.key_dim, n.key_dim, 1.0f / std::sqrt(static_cast<float>(n.key_dim)));
         normalise_head(mixed + keys + head * n.key_dim, n.key_dim, 1.0f);

@@ -14,11 +14,14 @@ inline void linear_nf3_rows(const PackedWeight&, const PreparedInput&, int64_t r
 #include "activation.inl"
 #include "step.inl"
 #include "latent_attention.inl"
+#include "convolution.inl"
 #include "delta_net.inl"
+#include "mamba.inl"
 
 inline const StepKernels& step_kernels() {
     static const StepKernels kernels = {raw_rows, rms_norm,   attend,     add_rows,  attend_latents,
-                                        convolve, delta_rule, apply_gate, gated_norm};
+                                        convolve, delta_rule, apply_gate, gated_norm,
+                                        mamba_rule, apply_silu};
     return kernels;
 }
 

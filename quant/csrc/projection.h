@@ -1,4 +1,4 @@
-// The weights of a module that a decode step computes: linear layers and norms.
+// The weights of a module that a decode step computes: linear layers, norms and convolutions.
 #pragma once
 #include <cstdint>
 
@@ -29,4 +29,12 @@ struct RmsNorm {
     float offset;
     int32_t weight_dtype;
     int32_t rounds_first;
+};
+
+// One filter of kernel_size a channel, over its last tokens, and silu; the bias may be null.
+struct Convolution {
+    const void* weight;  // [channels, kernel_size], in dtype
+    const void* bias;    // [channels], in dtype
+    int64_t kernel_size;
+    int32_t dtype;  // of activations and of the tokens that are kept, too
 };

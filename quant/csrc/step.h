@@ -4,6 +4,7 @@
 
 #include "delta_net.h"
 #include "packed.h"
+#include "mamba.h"
 #include "projection.h"
 
 // One attention module. Where it is gated, `query` gives each head's query and then its gate, on whose sigmoid the head's
@@ -63,7 +64,7 @@ struct StepKernels {
                            const void* keys, int64_t count, float* scores, float* out);
     // Channels [begin, end) of out [channels] = silu(the convolution of the last tokens), which `x` [channels] becomes
     // one of in `state` [channels, kernel_size].
-    void (*convolve)(const DeltaNet&, const float* x, int64_t begin, int64_t end, void* state, float* out);
+    void (*convolve)(const Convolution&, const float* x, int64_t begin, int64_t end, void* state, float* out);
     // One value head: `state` [key_dim, value_dim] forgets, learns `value` for `key`, and answers `query` in `out`.
     void (*delta_rule)(const DeltaNet&, const float* query, const float* key, const float* value, float decay,
                        float beta, float* state, float* out);
@@ -71,4 +72,10 @@ struct StepKernels {
     void (*apply_gate)(const float* gate, int64_t count, int32_t dtype, float* x);
     // x [count] = a norm of x, times silu(gate), rounded where a module rounds
     void (*gated_norm)(const DeltaNet&, const float* gate, float* x);
+    // One head: `state` [head_dim, state_size] forgets and takes in x [head_dim], which `input` [state_size] spreads; out
+    // [head_dim] is what `output` [state_size] reads of it.
+    void (*mamba_rule)(const Mamba&, const float* x, const float* input, const float* output, float step, float decay,
+                       float* state, float* out);
+    // x [count] *= silu(gate), in fp32
+    void (*apply_silu)(const float* gate, int64_t count, float* x);
 };

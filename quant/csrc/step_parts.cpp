@@ -1,6 +1,7 @@
 #include "step_parts.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "export.h"
@@ -12,6 +13,8 @@ EXPORT int moe_offload_linear(int isa, const PackedWeight* weight, const Matrix*
 namespace {
 
 constexpr int64_t kPieceWeights = 1 << 17;
+constexpr int64_t kPieceChannels = 1024;
+constexpr float kSoftplusLinear = 20.0f;  // above it softplus(x) is x
 
 }  // namespace
 
@@ -82,3 +85,11 @@ void rotate(float* x, int64_t num_heads, int64_t stride, const float* cos, const
         }
     }
 }
+
+void convolve(const StepKernels& kernels, const Convolution& convolution, const float* x, int64_t channels, void* past,
+              float* out, int num_threads) {
+    auto body = [&](int64_t begin, int64_t end) { kernels.convolve(convolution, x, begin, end, past, out); };
+    parallel_for(channels, kPieceChannels, num_threads, body);
+}
+
+float softplus(float x) { return x > kSoftplusLinear ? x : std::log1p(std::exp(x)); }

@@ -36,3 +36,10 @@ void normalise(const StepKernels& kernels, const RmsNorm& norm, float* x, int64_
 // each operation, as tensors in `dtype` are. `cos` and `sin` are [width]; heads lie `stride` apart.
 void rotate(float* x, int64_t num_heads, int64_t stride, const float* cos, const float* sin, int64_t width,
             int32_t dtype);
+
+// out [channels] of one token, which `past` [channels, kernel_size] takes in.
+void convolve(const StepKernels& kernels, const Convolution& convolution, const float* x, int64_t channels, void* past,
+              float* out, int num_threads);
+
+// log(1 + e^x), as torch has it.
+float softplus(float x);
