@@ -1,7 +1,6 @@
 """Where misses are computed: how they are divided, and how rows get to the CPU and back."""
 
 import random
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from moe_offload.offload.experts import step_tuning
 from moe_offload.offload.experts.host_step import MAX_ROWS, HostStep
 from moe_offload.offload.experts.miss_path import MISS_PATHS, MissPath, check_miss_path, make_miss_path
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
-from moe_offload.offload.tiers.host_rows import HostRows, ThreadRows
+from moe_offload.offload.tiers.host_rows import HostRows, RowsPool
 
 EXPERT_BYTES = 1000
 
@@ -25,11 +24,10 @@ class FakeLender:
 
     def __init__(self, copy_s: float = 0.0) -> None:
         self.copy_s = copy_s
-        self.rows_here = ThreadRows()
-        self.device = FakeDevice(eager=True)
+        self.pool = RowsPool(FakeDevice(eager=True))
 
-    def rows(self, layer_idx: int) -> HostRows:
-        return self.rows_here.of(self.device)
+    def rows(self, layer_idx: int) -> RowsPool:
+        return self.pool
 
     def copy_s_per_byte(self, layer_idx: int) -> float:
         return self.copy_s / EXPERT_BYTES
@@ -137,7 +135,7 @@ def test_only_few_rows_of_layers_that_lend_go_to_the_cpu() -> None:
     assert not begins(0, MAX_ROWS + 1)
     assert not begins(1, 1)
     assert not begins(0, 1, None)
-    path.lender.rows_here.close()  # type: ignore[attr-defined]
+    path.lender.pool.close()  # type: ignore[attr-defined]
 
 
 def test_auto_begins_with_both_ends_and_goes_on_with_what_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +166,7 @@ def test_rows_go_to_the_host_and_back_on_a_late_device(seed: int) -> None:
     rows = HostRows(device)
     sent: list[tuple[torch.Tensor, torch.Tensor]] = []
     for _ in range(6):
+        device.current = draw.choice(["compute", "another stream"])
         num_rows, hidden, top_k = draw.randint(1, 4), draw.choice([3, 8, 300]), draw.randint(1, 3)
         dtype = draw.choice([torch.float32, torch.bfloat16])
         x, index = torch.randn(num_rows, hidden).to(dtype), torch.randint(0, 9, (num_rows, top_k))
@@ -203,19 +202,18 @@ def test_closing_waits_for_what_is_under_way() -> None:
     rows.close()
 
 
-def test_each_thread_and_device_has_rows_of_its_own() -> None:
-    rows, devices = ThreadRows(), (FakeDevice(eager=True), FakeDevice(eager=True))
-    assert rows.of(devices[0]) is rows.of(devices[0]) is not rows.of(devices[1])
-    others: list[HostRows] = []
-    thread = threading.Thread(target=lambda: others.append(rows.of(devices[0])))
-    thread.start()
-    thread.join()
-    assert others[0] is not rows.of(devices[0])
-    for each in (others[0], rows.of(devices[0])):
-        each.fetch(torch.randn(1, 8), torch.zeros(1, 2, dtype=torch.long))
-    assert len(devices[0].page_lock.locked) == 2
-    rows.close()
-    assert not devices[0].page_lock.locked
+def test_rows_are_used_again_by_the_next_step() -> None:
+    device = FakeDevice(eager=True)
+    pool = RowsPool(device)
+    one, other = pool.take(), pool.take()
+    assert one is not other
+    pool.give_back(one)
+    assert pool.take() is one
+    for rows in (one, other):
+        rows.fetch(torch.randn(1, 8), torch.zeros(1, 2, dtype=torch.long))
+    assert len(device.page_lock.locked) == 2
+    pool.close()
+    assert not device.page_lock.locked
 
 
 # -- a step --
@@ -232,23 +230,25 @@ class Doubling:
 
 
 @pytest.fixture
-def rows() -> Iterator[HostRows]:
-    rows = HostRows(FakeDevice(eager=True))
-    yield rows
-    rows.close()
+def pool() -> Iterator[RowsPool]:
+    pool = RowsPool(FakeDevice(eager=True))
+    yield pool
+    pool.close()
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_each_expert_gets_the_rows_that_chose_it(rows: HostRows, num_rows: int) -> None:
+def test_each_expert_gets_the_rows_that_chose_it(pool: RowsPool, num_rows: int) -> None:
     x = torch.arange(num_rows * 4, dtype=torch.float32).view(num_rows, 4)
     index = torch.tensor([[5, 2], [2, 7], [5, 5]])[:num_rows]
 
     def expert(weights: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * weights.factor
 
-    step = HostStep(rows, x, index, expert, SimpleNamespace())  # type: ignore[arg-type]
+    step = HostStep(pool, x, index, expert, SimpleNamespace())  # type: ignore[arg-type]
     assert step.compute([(5, Doubling(2.0))]) >= 0  # type: ignore[list-item]
     step.compute([(2, Doubling(3.0))])  # type: ignore[list-item]
+    step.end()
+    assert pool.take() is step._rows
     answers = dict(step.answers)
     assert list(answers) == [5, 2]
     for expert_idx, factor in ((5, 2.0), (2, 3.0)):

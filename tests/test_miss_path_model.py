@@ -53,6 +53,7 @@ def check(model: OffloadedModel) -> None:
     assert not residency.cache._leases
     assert not residency._loads
     assert residency._num_behind == 0
+    assert all(len(pool._free) == len(pool._made) for pool in tier._rows), "rows that no step gave back"
     assert residency._free_staging.qsize() == tier.num_staging_slots
 
 

@@ -7,7 +7,7 @@ import torch
 
 from moe_offload.offload.experts.pair_outputs import ExpertFn
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
-from moe_offload.offload.tiers.host_rows import HostRows
+from moe_offload.offload.tiers.host_rows import RowsPool
 from moe_offload.quant.moe_layer import MoeStep, PackedMlp, expert_outputs
 
 # A step of more rows goes by copies. An expert of b bytes at 4.25 bits a weight takes 3.8 b flops a row: 19 to 3.8 ps a
@@ -17,18 +17,19 @@ _FIRST_ROW = torch.zeros(1, dtype=torch.long)
 
 
 class HostStep:
-    """Rows go to the host when this is made, outputs come back batch by batch; the sum is up to the layer.
+    """Rows go to the host when this is made, outputs come back batch by batch, and then it is ended; sums are not made.
 
     ``answers`` has each computed expert with its outputs ``[rows that chose it, H]``, in fp32 on the device of ``x``.
     """
 
     def __init__(
-        self, rows: HostRows, x: torch.Tensor, top_k_index: torch.Tensor, expert_fn: ExpertFn, parts: MlpParts
+        self, pool: RowsPool, x: torch.Tensor, top_k_index: torch.Tensor, expert_fn: ExpertFn, parts: MlpParts
     ) -> None:
         """``x [T, H]``, index ``[T, K]`` on the device; ``expert_fn`` must hold no tensors of that device."""
         self.answers: list[tuple[int, torch.Tensor]] = []
-        self._rows, self._device, self._expert_fn, self._parts = rows, x.device, expert_fn, parts
-        rows.fetch(x, top_k_index)
+        self._pool, self._device, self._expert_fn, self._parts = pool, x.device, expert_fn, parts
+        self._rows = pool.take()
+        self._rows.fetch(x, top_k_index)
 
     @staticmethod
     def takes(num_rows: int) -> bool:
@@ -53,6 +54,10 @@ class HostStep:
         there = torch.split(self._rows.send(outputs, self._device), lengths)
         self.answers += [(expert_idx, rows) for (expert_idx, _), rows in zip(experts, there, strict=True)]
         return compute_s
+
+    def end(self) -> None:
+        """All that there was to compute has been, or the step has failed; ``answers`` stay."""
+        self._pool.give_back(self._rows)
 
     def _compute_together(self, x: torch.Tensor, experts: Sequence[ExpertWeights], outputs: torch.Tensor) -> bool:
         """All of them in one call, for one token in a format that kernels know; whether that could be."""

@@ -295,8 +295,14 @@ class ExpertLayer:
         ids = [expert_idx if counts else ABSENT for expert_idx, counts in zip(index, is_expert, strict=True)]
         rows = [ids[begin : begin + top_k] for begin in range(0, len(ids), top_k)]
         step = SlotStep(experts, hidden_states, rows, top_k_weights)
-        self._run_together(list(weight_of), step.compute, list(weight_of.values()), host)
-        for expert_idx, output in () if host is None else host.answers:
+        if host is None:
+            self._run_together(list(weight_of), step.compute, list(weight_of.values()))
+            return step.result
+        try:
+            self._run_together(list(weight_of), step.compute, list(weight_of.values()), host)
+        finally:
+            host.end()
+        for expert_idx, output in host.answers:
             step.put(expert_idx, output)
         return step.result
 

@@ -17,7 +17,7 @@ from moe_offload.offload.tiers.device_queue import DeviceQueue
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.device_slots import DeviceSlots
 from moe_offload.offload.tiers.host_expert import HostExpert
-from moe_offload.offload.tiers.host_rows import HostRows, ThreadRows
+from moe_offload.offload.tiers.host_rows import RowsPool
 from moe_offload.offload.tiers.host_tier import HostTier
 from moe_offload.offload.tiers.lender import LentExpert
 from moe_offload.offload.tiers.slot_copy import CopySchedule, SlotCopy
@@ -62,7 +62,7 @@ class CudaTier:
             self._devices.append(DeviceSlots(queue, shapes, staging_shape))
         self._copies = [CopySchedule(queue) for queue in queues]
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
-        self._rows = ThreadRows()
+        self._rows = [RowsPool(queue) for queue in queues]
         self._lent_weights: dict[tuple[int, int], ExpertWeights] = {}  # by layer and address
         self._host = HostTier(
             manifest, reader, queues[0], num_slots=num_host_slots, num_staging_slots=num_host_staging_slots
@@ -132,9 +132,9 @@ class CudaTier:
             layer_idx, expert_idx, speculative=False, keep=True, for_copy=False, landed=landed, failed=failed
         )
 
-    def rows(self, layer_idx: int) -> HostRows:
-        """This thread's, for the layer's device."""
-        return self._rows.of(self._queue(layer_idx))
+    def rows(self, layer_idx: int) -> RowsPool:
+        """Those of the layer's device."""
+        return self._rows[self._device_of_layer[layer_idx]]
 
     def copy_s_per_byte(self, layer_idx: int) -> float:
         """That of the layer's device."""
@@ -231,7 +231,8 @@ class CudaTier:
                     slot.wait_until_unused()
         except ExpertCopyError:
             _log.exception("the device has failed; its memory is let go of all the same")
-        self._rows.close()
+        for rows in self._rows:
+            rows.close()
         self._host.free()
         self._weights.clear()
         self._lent_weights.clear()

@@ -2,7 +2,7 @@
 
 import contextlib
 import mmap
-import threading
+from collections.abc import Hashable
 
 import torch
 
@@ -14,11 +14,11 @@ _ALIGNMENT = 64
 
 
 class HostRows:
-    """The rows of one step at one layer, for the thread that runs it.
+    """The rows of one step at one layer.
 
     `fetch` once a step, before anything is launched that the CPU is to work beside: what follows it on the stream does
-    not delay it. Then `rows` waits for them, and `outputs` and `send` go by turns. Everything is on the thread's stream
-    and ordered by events.
+    not delay it. Then `rows` waits for them, and `outputs` and `send` go by turns. Everything is on the stream of the
+    thread that runs the step; another stream's step begins when the last one's rows are over.
     """
 
     def __init__(self, queue: DeviceQueue) -> None:
@@ -26,6 +26,7 @@ class HostRows:
         self._slab: Slab | None = None
         self._fetched: Event = queue.new_event()
         self._sent: Event = queue.new_event()
+        self._stream: Hashable = None
         self._x: torch.Tensor | None = None
         self._index: torch.Tensor | None = None
         self._outputs = torch.empty(0)
@@ -33,6 +34,9 @@ class HostRows:
 
     def fetch(self, x: torch.Tensor, top_k_index: torch.Tensor) -> None:
         """Start to bring ``x [T, H]`` and the router's choice ``[T, K]``."""
+        if self._stream != (stream := self._queue.stream()):
+            self._wait()
+            self._stream = stream
         num_pairs, hidden = top_k_index.numel(), x.shape[1]
         sizes = [_aligned(tensor.numel() * tensor.element_size()) for tensor in (x, top_k_index)]
         memory = self._memory(sum(sizes) + num_pairs * hidden * 4)
@@ -74,32 +78,37 @@ class HostRows:
         slab, self._slab = self._slab, None
         if slab is not None:
             with contextlib.suppress(ExpertCopyError):  # a device that has failed moves nothing any more
-                self._fetched.wait()
-                self._sent.wait()
+                self._wait()
             slab.close()
 
+    def _wait(self) -> None:
+        self._fetched.wait()
+        self._sent.wait()
 
-class ThreadRows:
-    """Those of each thread, for each device. Any thread may call any method; `close` when no step runs any more."""
 
-    def __init__(self) -> None:
+class RowsPool:
+    """Those of one device, as many as there are steps at a time. Any thread may call any method."""
+
+    def __init__(self, queue: DeviceQueue) -> None:
+        self._queue = queue
+        self._free: list[HostRows] = []
         self._made: list[HostRows] = []
-        self._here = threading.local()
 
-    def of(self, queue: DeviceQueue) -> HostRows:
-        """This thread's, for the device of ``queue``."""
+    def take(self) -> HostRows:
+        """Some for a step, which gives them back."""
         try:
-            of_queue: dict[int, HostRows] = self._here.of_queue
-        except AttributeError:
-            of_queue = self._here.of_queue = {}
-        rows = of_queue.get(id(queue))
-        if rows is None:
-            rows = of_queue[id(queue)] = HostRows(queue)
+            return self._free.pop()
+        except IndexError:
+            rows = HostRows(self._queue)
             self._made.append(rows)
-        return rows
+            return rows
+
+    def give_back(self, rows: HostRows) -> None:
+        """The step is through; what it has sent may still be under way."""
+        self._free.append(rows)
 
     def close(self) -> None:
-        """Free the memory of all."""
+        """Free the memory of all; no step runs any more."""
         while self._made:
             self._made.pop().close()
 

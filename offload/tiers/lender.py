@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from moe_offload.offload.experts.weights import ExpertWeights
-from moe_offload.offload.tiers.host_rows import HostRows
+from moe_offload.offload.tiers.host_rows import RowsPool
 
 
 class LentExpert(NamedTuple):
@@ -33,8 +33,8 @@ class Lender(Protocol):
         Raises ExpertReadError, and calls neither, when the tier is closed.
         """
 
-    def rows(self, layer_idx: int) -> HostRows:
-        """This thread's, between the host and the layer's device."""
+    def rows(self, layer_idx: int) -> RowsPool:
+        """What moves rows between the host and the layer's device."""
 
     def copy_s_per_byte(self, layer_idx: int) -> float:
         """What a byte has taken of late to the layer's device; 0 while that is not known."""
