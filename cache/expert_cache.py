@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from moe_offload.cache.counts import Phase
 from moe_offload.cache.layer import Layer
@@ -281,6 +281,33 @@ class ExpertCache:
             if self._observer is not None:
                 self._observer.told(EventKind.RESIZE, layer_idx, (num_slots,))
             return self._layers[layer_idx].resize(num_slots, self._policy.scores(layer_idx))
+
+    def repack(self, layer_idx: int, num_slots: int, move: Callable[[dict[int, int]], bool]) -> bool:
+        """As `resize`, but all at once, and what stays is in the slots 0 to ``num_slots`` - 1 afterwards.
+
+        ``move`` is told each expert's old slot and its new one, and moves the bytes while nobody can ask for them;
+        False if it has lost them. Returns False, and nothing changes, while a slot of the layer is held or its bytes
+        are on their way.
+        """
+        self._check_num_slots(layer_idx, num_slots)
+        with self._lock:
+            self._release_abandoned()
+            layer = self._layers[layer_idx]
+            if not layer.slots.is_quiet:
+                return False
+            scores = self._policy.scores(layer_idx)
+            if num_slots >= layer.slots.num_slots and layer.slots.num_slots == len(layer.slots.state):
+                # Before anything else: there may be no memory for more.
+                are_there = move({slot: slot for slot in layer.slots.slot_of if slot >= 0})
+                layer.repack(num_slots, scores)
+            else:
+                are_there = move(layer.repack(num_slots, scores))
+            if not are_there:
+                for expert_idx in layer.slots.loaded_experts():
+                    layer.mark_failed(expert_idx)
+            if self._observer is not None:
+                self._observer.told(EventKind.RESIZE, layer_idx, (num_slots,))
+            return True
 
     # -- consistency --
 

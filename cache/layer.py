@@ -166,6 +166,16 @@ class Layer:
             given_back.append(slot)
         return given_back
 
+    def repack(self, num_slots: int, scores: Sequence[float]) -> dict[int, int]:
+        """As `resize`, of a quiet layer, leaving no gaps; old number of every slot that has an expert -> new."""
+        slots = self.slots
+        num_loaded = len(slots.loaded_experts())
+        for victim in slots.coldest_first(scores)[: max(0, num_loaded - num_slots)]:
+            self._evict(victim)
+        numbers = slots.renumber(num_slots)
+        self.speculation.renumber(numbers)
+        return numbers
+
     # -- counts and consistency --
 
     def freeze_counts(self) -> LayerStats:

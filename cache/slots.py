@@ -125,6 +125,27 @@ class LayerSlots:
             self._set_empty(slot)
         return added
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nobody holds a slot, or brings bytes to one."""
+        return not any(self.pins) and not any(state in (LOADING, FAILED) for state in self.state)
+
+    def renumber(self, num_slots: int) -> dict[int, int]:
+        """Let there be slots 0 to ``num_slots`` - 1, of a quiet layer with no more experts; old number -> new."""
+        experts = {slot: expert_idx for expert_idx, slot in enumerate(self.slot_of) if slot >= 0}
+        free = iter([slot for slot in range(num_slots) if slot not in experts])
+        numbers = {slot: slot if slot < num_slots else next(free) for slot in sorted(experts)}
+        self.expert_in = [-1] * num_slots
+        self.state = [EMPTY] * num_slots
+        self.pins = [0] * num_slots
+        for old, new in numbers.items():
+            self.slot_of[experts[old]] = new
+            self.expert_in[new] = experts[old]
+            self.state[new] = LOADED
+        self.evictable = [state is LOADED for state in self.state]
+        self.empty = [slot for slot in reversed(range(num_slots)) if self.state[slot] is EMPTY]
+        return numbers
+
     def retire(self, slot: int) -> None:
         """Give back a slot that holds nothing and is not in the list of empty ones."""
         self.state[slot] = RETIRED

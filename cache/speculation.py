@@ -1,6 +1,6 @@
 """Experts of one layer that were prefetched and not asked for yet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moe_offload.cache.counts import PrefetchCounters
 
@@ -36,6 +36,10 @@ class Speculation:
         """The slot loses its expert, which need not have been prefetched."""
         if self._issued_at.pop(slot, None) is not None:
             self.counters.wasted += 1
+
+    def renumber(self, numbers: Mapping[int, int]) -> None:
+        """The experts have moved to other slots."""
+        self._issued_at = {numbers[slot]: step for slot, step in self._issued_at.items()}
 
     def step(self, expert_ids: Sequence[int]) -> None:
         self._num_steps += 1

@@ -14,6 +14,7 @@ from moe_offload.cache import DEFAULT_POLICY, LEARNED, ExpertCache, policy_names
 from moe_offload.cache.learned import make_learned_policy
 from moe_offload.cache.trace_writer import TraceWriter, kept_if_used
 from moe_offload.errors import ConfigError, SourceError
+from moe_offload.offload.context_room import ContextRoom
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.devices import pick_device
 from moe_offload.offload.experts.lookahead import Lookahead
@@ -125,6 +126,7 @@ class OffloadedModel:
             top_k=top_k,
             is_plain=lambda: lookahead.depth == 0 and loaded.residency.observer is None,
         )
+        ContextRoom(self.model, plan, loaded.residency, moved=self._graphs.forget)
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set

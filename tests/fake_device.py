@@ -132,6 +132,14 @@ class FakeDevice:
                 self._enqueue(self.current, self._moving(source, target, who))
         self.record(event)
 
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        with self._lock:
+            work = self._copying(source, target, self._enter("a move", source, writes=False))
+            if self.eager:
+                list(work)
+            else:
+                self._enqueue(self.current, work)
+
     def stream(self) -> str:
         return self.current
 

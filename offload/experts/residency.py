@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from moe_offload.cache import Admit, ExpertCache, Lease, Placement
+from moe_offload.errors import BudgetError
 from moe_offload.offload.experts.arrivals import Arrival, Arrivals, patiently
 from moe_offload.offload.experts.forgotten import close_apart
 from moe_offload.offload.experts.guesses import Guesses
@@ -63,6 +64,8 @@ class Residency:
         self.observer: StepObserver | None = None
         self.peers: Peers | None = None
         self.slot_listener: SlotListener | None = None
+        self.num_moves = 0
+        """How often slots have moved: whoever keeps a slab asks for it anew when this has changed."""
         self._tier = tier
         self._lock = threading.RLock()  # a transfer may be done before it has been begun
         self._loads: dict[tuple[int, int], _Load] = {}  # (layer_idx, expert_idx)
@@ -210,6 +213,35 @@ class Residency:
         if slab is None or mlp is None:
             return None
         return SlotExperts(mlp, slot_kernels(slab.device, mlp).kernels, slab)
+
+    def resize(self, layer_idx: int, num_slots: int) -> bool:
+        """Give a layer fewer slots, or more; False, and nothing changes, while anybody uses or fills one of them.
+
+        Raises BudgetError where there is no memory for more.
+        """
+
+        def move(numbers: dict[int, int]) -> bool:
+            held = [slot for layer, slot in self._expert_in if layer == layer_idx]
+            if self.slot_listener is not None:
+                for slot in held:
+                    self.slot_listener.clear(layer_idx, slot)
+            try:
+                are_there = self._tier.resize(layer_idx, num_slots, numbers)
+            except BudgetError:  # for more, of which there are none: all is as it was
+                if self.slot_listener is not None:
+                    for slot in held:
+                        self.slot_listener.put(layer_idx, self._expert_in[layer_idx, slot], slot)
+                raise
+            experts = {slot: self._expert_in.pop((layer_idx, slot)) for slot in held}
+            for slot, new in numbers.items() if are_there else ():
+                self._expert_in[layer_idx, new] = experts[slot]
+                if self.slot_listener is not None:
+                    self.slot_listener.put(layer_idx, experts[slot], new)
+            self.num_moves += 1
+            return are_there
+
+        with InterruptShield(), self._lock:
+            return self.cache.repack(layer_idx, num_slots, move)
 
     def note_used(self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float]) -> None:
         """A decode step has found these experts in their slots by itself."""

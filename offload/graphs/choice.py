@@ -29,6 +29,11 @@ class DecodeGraphs:
     forward: GraphedForward | None = None
     table: SlotTable | None = None
 
+    def forget(self) -> None:
+        """Slots have moved: steps are recorded anew."""
+        if self.forward is not None:
+            self.forward.forget()
+
     def tell_uses(self) -> None:
         """Let the cache's counts be whole."""
         if self.forward is not None:

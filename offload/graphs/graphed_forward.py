@@ -92,6 +92,10 @@ class GraphedForward:
             return self._eager(**kwargs)
         return self._run(recorded, cache, kwargs)
 
+    def forget(self) -> None:
+        """Slots have moved: recordings read where they were."""
+        self._steps.clear()
+
     def tell_uses(self) -> None:
         """Let the cache's counts be whole: the last step's uses may be untold."""
         self._uses.tell()

@@ -13,12 +13,14 @@ from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, slots
 class DevicePart:
     """One GPU: its CUDA index, its budget, and the bytes of what is on it.
 
-    ``layers`` are those with experts, ``modules`` the names of all that was placed there.
+    ``layers`` are those with experts, ``cache_layers`` those with keys and values, ``modules`` the names of all that
+    was placed there.
     """
 
     index: int
     vram_bytes: int
     layers: tuple[int, ...]
+    cache_layers: tuple[int, ...]
     modules: tuple[str, ...]
     dense_bytes: int
     kv_bytes: int
@@ -41,6 +43,7 @@ def device_parts(
             index,
             placement.budgets_bytes[position],
             tuple(layer_idx for layer_idx, on in enumerate(placement.device_of_layer) if on == position),
+            tuple(layer_idx for layer_idx, on in enumerate(placement.device_of_cache_layer) if on == position),
             tuple(name for name, on in placement.device_map.items() if on == index),
             placement.dense_bytes[position],
             sum(size for size, on in zip(cache_bytes, placement.device_of_cache_layer, strict=True) if on == position),

@@ -70,6 +70,9 @@ class Plan:
     num_host_slots: tuple[int, ...]
     staging_slots: int
     num_host_staging_slots: int
+    num_cache_layers: int = 0
+    expert_rows: int = 0
+    """The sum of the output widths of the widest expert's projections."""
     parts: tuple[DevicePart, ...] = ()
     """What is on each GPU, where there are several; the figures above are then of all together."""
 
@@ -98,6 +101,10 @@ class Plan:
     def device_map(self) -> dict[str, torch.device]:
         """What is placed where, by the names of modules; empty where there is one device."""
         return {name: torch.device("cuda", part.index) for part in self.parts for name in part.modules}
+
+    def slots_bytes(self, layers: Sequence[int]) -> int:
+        """Bytes of the compute slots of some layers."""
+        return sum(self.slot_bytes[layer_idx] * self.num_slots[layer_idx] for layer_idx in layers)
 
     def lines(self) -> list[Line]:
         """Every use of memory, tier by tier."""
@@ -128,14 +135,13 @@ class Plan:
 
     def _lines_of(self, part: DevicePart) -> list[Line]:
         tier = _part_tier(part)
-        of_layers = [(self.slot_bytes[layer_idx], self.num_slots[layer_idx]) for layer_idx in part.layers]
         return [
             Line(tier, "dense weights", part.dense_bytes),
             Line(tier, f"KV cache, {self.context_tokens} tokens", part.kv_bytes),
             Line(tier, f"workspace, {self.prefill_chunk_tokens} tokens at once", part.workspace_bytes),
             Line(tier, f"staging, {self.staging_slots} slots", part.staging_bytes),
             Line(tier, "CUDA context", part.overhead_bytes),
-            Line(tier, f"slots of {len(part.layers)} layers", sum(size * slots for size, slots in of_layers)),
+            Line(tier, f"slots of {len(part.layers)} layers", self.slots_bytes(part.layers)),
         ]
 
     def total_bytes(self, tier: str) -> int:
@@ -252,6 +258,8 @@ def make_plan(
         num_host_slots=tuple(num_host_slots),
         staging_slots=demand.staging_slots,
         num_host_staging_slots=num_host_staging_slots,
+        num_cache_layers=len(demand.cache_bytes),
+        expert_rows=demand.expert_rows,
         parts=parts,
     )
 
@@ -275,6 +283,7 @@ class _Demand:
         self.layers, self.config, self.device, self.context_tokens = layers, config, device, context_tokens
         self.dtype_bytes, self.top_k_per_layer, self.dense_bytes = dtype_bytes, top_k_per_layer, dense_bytes
         expert_rows = max(sum(part.shape[0] for part in layer.parts if len(part.shape) > 1) for layer in layers)
+        self.expert_rows = expert_rows
         self.chunk_tokens = prefill_chunk_tokens(
             config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, expert_rows=expert_rows
         )

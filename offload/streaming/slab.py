@@ -109,6 +109,13 @@ class Slab:
             raise IndexError(f"slot {slot} of {self.num_slots}")
         return slot * self.slot_bytes
 
+    def forget(self, slot: int) -> None:
+        """Give a pageable slot's memory back to the system: its bytes are zero, and it costs nothing until touched."""
+        start = self._start(slot)
+        assert self._memory is not None
+        if hasattr(mmap, "MADV_DONTNEED") and isinstance(memory := self._memory.obj, mmap.mmap):
+            memory.madvise(mmap.MADV_DONTNEED, start, self.slot_bytes)
+
     def close(self) -> None:
         """Unpin the memory and let go of it; see the class for views that still exist. May be called twice."""
         if self._page_lock is not None:

@@ -1,6 +1,6 @@
 """The memory that experts are computed from: slots that transfers fill and kernels read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -54,6 +54,12 @@ class ComputeTier(Protocol):
 
     def slab(self, layer_idx: int) -> torch.Tensor | None:
         """The layer's slots on a device, ``uint8 [slots, slot_bytes]``; None where the CPU computes."""
+
+    def resize(self, layer_idx: int, num_slots: int, numbers: Mapping[int, int]) -> bool:
+        """Let the layer have so many slots, experts moving to new ``numbers``; False if their bytes are lost.
+
+        Nobody reads or fills the layer's slots meanwhile. Raises BudgetError where there is no memory for them.
+        """
 
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """The expert in a slot whose transfer is done; kernels launched from now on see its bytes."""

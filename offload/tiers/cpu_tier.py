@@ -1,6 +1,7 @@
 """Experts computed on the CPU: reads from the disk land in the slot that the kernels read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -16,6 +17,7 @@ class _SlotMemory:
     """The memory of one slot, and the views of the expert in it."""
 
     def __init__(self, slab: Slab, index: int) -> None:
+        self.forget = partial(slab.forget, index)
         self.bytes: memoryview = slab.memory(index)
         self._data: torch.Tensor = slab.tensor(index)
         self._weights: tuple[PartLayout, ExpertWeights] | None = None
@@ -42,6 +44,7 @@ class CpuTier:
         self._slabs.append(Slab(num_staging_slots, self._staging_bytes))
         # Of each layer, then of staging. `close`, perhaps called under a running step, replaces all of it at once.
         self._memories = [[_SlotMemory(slab, i) for i in range(slab.num_slots)] for slab in self._slabs]
+        self._given_up: list[list[_SlotMemory]] = [[] for _ in num_slots]
         self.num_staging_slots = num_staging_slots
 
     def begin(self, layer_idx: int, expert_idx: int, slot: int, *, speculative: bool, done: Done) -> Transfer:
@@ -63,6 +66,20 @@ class CpuTier:
     @property
     def lender(self) -> None:
         """None: everything is computed on the CPU anyway."""
+
+    def resize(self, layer_idx: int, num_slots: int, numbers: Mapping[int, int]) -> bool:
+        """Slots keep their memory under new numbers; that of slots given up goes back to the system until they return.
+
+        No layer gets more than it began with.
+        """
+        old = self._memories[layer_idx] + self._given_up[layer_idx]
+        stay = {new: old[number] for number, new in numbers.items()}
+        others = iter([memory for number, memory in enumerate(old) if number not in numbers])
+        self._memories[layer_idx] = [stay.get(slot) or next(others) for slot in range(num_slots)]
+        self._given_up[layer_idx] = list(others)
+        for memory in self._given_up[layer_idx]:
+            memory.forget()
+        return True
 
     def expert_bytes(self, layer_idx: int) -> int:
         """The size of an expert of this layer."""
@@ -113,6 +130,6 @@ class CpuTier:
     def close(self) -> None:
         """Fail what is being read, then free the slots."""
         self._reader.close()
-        self._memories = []
+        self._memories, self._given_up = [], []
         for slab in self._slabs:
             slab.close()

@@ -111,6 +111,11 @@ class CudaQueue:
             target.copy_(source, non_blocking=True)
             self.record(event)
 
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """On this thread's current stream."""
+        with _typed("an expert was moved"), torch.cuda.device(self.device):
+            target.copy_(source, non_blocking=True)
+
     def stream(self) -> Hashable:
         """This thread's current stream on the device."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)

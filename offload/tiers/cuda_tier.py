@@ -1,7 +1,7 @@
 """Experts computed on CUDA devices: from the disk into page-locked memory, from there into slots in VRAM."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from logging import getLogger
 
@@ -169,6 +169,12 @@ class CudaTier:
     def used(self, layer_idx: int, slot: int) -> None:
         """The next copy into the slot runs behind what this thread has launched."""
         self._slot(layer_idx, slot).used()
+
+    def resize(self, layer_idx: int, num_slots: int, numbers: Mapping[int, int]) -> bool:
+        """Gives the allocator a layer's slab for another one; see `DeviceSlots.resize`."""
+        for key in [key for key in self._weights if key[0] == layer_idx and key[1] >= 0]:
+            del self._weights[key]  # they hold on to the old slab
+        return self._devices[self._device_of_layer[layer_idx]].resize(layer_idx, num_slots, numbers)
 
     def slab(self, layer_idx: int) -> torch.Tensor:
         """All slots of a layer, ``uint8 [rows, slot_bytes]``, for kernels that are told rows."""

@@ -55,6 +55,9 @@ class DeviceQueue(Protocol):
     def to_device(self, source: torch.Tensor, target: torch.Tensor, *, event: Event) -> None:
         """Host to device, a few rows, before what this thread launches next; until ``event``, ``source`` must stay."""
 
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """From one place on the device to another, on this thread's stream."""
+
     def stream(self) -> Hashable:
         """The stream that this thread launches kernels on."""
 

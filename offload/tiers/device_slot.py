@@ -47,6 +47,17 @@ class DeviceSlot:
             self._ordered.clear()
             self._last_use.clear()  # later copies are behind this one
 
+    def take_over(self, other: "DeviceSlot") -> None:
+        """Enqueue a copy of another slot's bytes, on this thread's stream; this slot is as one that has been filled."""
+        other.use()
+        self._queue.move(other.data, self.data)
+        other.used()
+        self.used()  # a copy into it comes behind this one
+        arrival = self._queue.new_event()
+        self._queue.record(arrival)
+        with self._lock:
+            self._arrival = arrival
+
     def use(self) -> None:
         """Kernels that this thread launches from now on see the bytes."""
         stream = self._queue.stream()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from moe_offload.errors import ConfigError
+from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.offload.tiers.device_queue import DeviceQueue
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 
@@ -29,7 +29,9 @@ class DeviceSlots:
 
     def _allocate(self, shape: tuple[int, int]) -> torch.Tensor:
         num_slots, slot_bytes = shape
-        return self.queue.allocate(num_slots * slot_bytes).view(num_slots, slot_bytes)
+        # Memory of a thread in inference mode could be written to by no other thread.
+        with torch.inference_mode(False):
+            return self.queue.allocate(num_slots * slot_bytes).view(num_slots, slot_bytes)
 
     def slab(self, layer_idx: int) -> torch.Tensor:
         """All slots of a layer, or of `STAGING`; ConfigError once they are freed."""
@@ -44,6 +46,36 @@ class DeviceSlots:
         if slots is None:
             raise _closed_error()
         return slots[slot if slot >= 0 else -1 - slot]
+
+    def resize(self, layer_idx: int, num_slots: int, numbers: Mapping[int, int]) -> bool:
+        """Another slab in place of a layer's; the experts move to new ``numbers``. False if there was no room for both.
+
+        Then the old one is freed first, and its bytes are lost; but where slots are added, BudgetError. Nobody else
+        uses or fills the layer's slots. Waits until no kernel reads them.
+        """
+        old, slot_bytes = self._slots[layer_idx], self._slabs[layer_idx].shape[1]
+        has_both = True
+        try:
+            slab = self._allocate((num_slots, slot_bytes))
+        except BudgetError:
+            if num_slots >= len(old):
+                raise
+            has_both = False
+            self._let_go(layer_idx)
+            old = []
+            slab = self._allocate((num_slots, slot_bytes))
+        slots = [DeviceSlot(self.queue, slab, row) for row in range(num_slots)]
+        for number, new in numbers.items() if has_both else ():
+            slots[new].take_over(old[number])
+        for slot in old:
+            slot.wait_until_unused()
+        self._slabs[layer_idx], self._slots[layer_idx] = slab, slots
+        return has_both
+
+    def _let_go(self, layer_idx: int) -> None:
+        for slot in self._slots.pop(layer_idx):
+            slot.wait_until_unused()
+        del self._slabs[layer_idx]
 
     def __iter__(self) -> Iterator[DeviceSlot]:
         return (slot for slots in list(self._slots.values()) for slot in slots)

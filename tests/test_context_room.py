@@ -1,0 +1,169 @@
+"""A context that grows past what was planned takes slots, whole ones, between passes; and gives them back."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_device import FakeDevice
+from families import make_config
+from family_runs import save_random_model
+from transformers import DynamicCache
+
+from moe_offload import OffloadedModel
+from moe_offload.errors import BudgetError
+from moe_offload.offload import model as model_module
+from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.planning.plan import Plan, make_plan
+from moe_offload.offload.tiers import choice as tiers
+
+PLANNED_TOKENS = 32
+PROMPT_TOKENS = 24
+LONG_TOKENS = 160
+Load = Callable[..., OffloadedModel]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("context")
+    config = make_config("mixtral")
+    config.max_position_embeddings = 1 << 20
+    return pack_model(str(save_random_model(config, folder / "checkpoint")), folder / "pack", format="source")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """On a device, with so many slots beyond the fewest, and nothing else to spare."""
+    with ExitStack() as stack:
+
+        def plan(*args: Any, device: str, slots: int, **kwargs: Any) -> Plan:
+            budget = "ram_bytes" if device == "cpu" else "vram_bytes"
+            settings = kwargs | {"device": device, "ram_bytes": 1 << 40}
+            with pytest.raises(BudgetError) as refusal:
+                make_plan(*args, **settings | {budget: 1})
+            slot_bytes = args[0].layers[0].slot_bytes
+            return make_plan(*args, **settings | {budget: refusal.value.needed_bytes + slots * slot_bytes})
+
+        def queue(device: torch.device) -> FakeDevice:
+            fake = FakeDevice(3, eager=True)
+            fake.run_in_background()
+            return fake
+
+        def load(pack: Path, device: str, *, slots: int, **kwargs: Any) -> OffloadedModel:
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    model_module, "make_plan", lambda *a, **k: plan(*a, **k | {"device": device, "slots": slots})
+                )
+                patch.setattr(tiers, "CudaQueue", queue)
+                settings = {"dtype": "float32", "context_tokens": PLANNED_TOKENS, "prefetch": "off"} | kwargs
+                return stack.enter_context(OffloadedModel.from_pretrained(pack, device="cpu", **settings))
+
+        yield load
+
+
+def slots_of(model: OffloadedModel) -> list[int]:
+    cache = model._residency.cache
+    return [cache.num_slots(layer_idx) for layer_idx in range(cache.num_layers)]
+
+
+def run(model: OffloadedModel, num_tokens: int, watch: Callable[[], None] = lambda: None) -> torch.Tensor:
+    """The logits of every token of one text, read one by one after a prompt."""
+    ids = torch.randint(3, 90, (1, num_tokens), generator=torch.Generator().manual_seed(5))
+    cache = DynamicCache(config=model.model.config)
+    logits = []
+    pieces = [*ids[:, :-LONG_TOKENS].split(512, dim=1)] if num_tokens > LONG_TOKENS else [ids[:, :PROMPT_TOKENS]]
+    with torch.inference_mode():
+        for piece in [*pieces, *ids[:, sum(piece.shape[1] for piece in pieces) :].split(1, dim=1)]:
+            logits.append(model.model(input_ids=piece, past_key_values=cache).logits)
+            watch()
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_context_that_outgrows_its_plan_takes_slots_and_gives_them_back(pack: Path, load: Load, device: str):
+    expected = run(load(pack, device, slots=1000), LONG_TOKENS)
+    model = load(pack, device, slots=15)
+    planned = slots_of(model)
+    assert planned == list(model.plan.num_slots)
+    history = [sum(planned)]
+
+    def watch() -> None:
+        history.append(sum(slots_of(model)))
+        model._residency.cache.check_integrity()
+
+    logits = run(model, LONG_TOKENS, watch)
+    assert torch.equal(logits, expected), "whose slots were taken changes no bit"
+    assert history == sorted(history, reverse=True)
+    assert history[PLANNED_TOKENS - PROMPT_TOKENS] == sum(planned), "as long as the plan holds, nothing is given up"
+    assert history[-1] < sum(planned)
+    assert min(slots_of(model)) >= 1
+    assert max(slots_of(model)) - min(slots_of(model)) <= 1
+    assert torch.equal(run(model, 30), expected[:, :30])
+    assert slots_of(model) == planned, "the long text is gone"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_when_nothing_is_left_the_pass_is_refused(pack: Path, load: Load, device: str):
+    model = load(pack, device, slots=3)
+    option = "--ram" if device == "cpu" else "--vram"
+    with pytest.raises(BudgetError, match=rf"grown to \d+ tokens .*32 were planned: .*--context \d+ and more {option}"):
+        run(model, 20 * LONG_TOKENS)
+    run(model, 30)
+
+
+def test_a_slab_without_room_beside_the_old_one_is_read_anew(
+    pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+):
+    expected = run(load(pack, "cuda", slots=1000), LONG_TOKENS)
+    model = load(pack, "cuda", slots=15)
+    allocate, refused = FakeDevice.allocate, []
+
+    def full(device: FakeDevice, size_bytes: int) -> torch.Tensor:
+        if len(refused) % 2 == 0:
+            refused.append(size_bytes)
+            raise BudgetError("full", needed_bytes=size_bytes, budget_bytes=0)
+        refused.append(0)
+        return allocate(device, size_bytes)
+
+    monkeypatch.setattr(FakeDevice, "allocate", full)
+    assert torch.equal(run(model, LONG_TOKENS), expected)
+    assert refused
+    model._residency.cache.check_integrity()
+
+
+def test_memory_of_slots_given_up_goes_back_to_the_system(pack: Path, load: Load):
+    model = load(pack, "cpu", slots=15)
+    run(model, LONG_TOKENS)
+    tier = model._residency._tier
+    num_given_up = sum(model.plan.num_slots) - sum(slots_of(model))
+    given_up = [memory for memories in tier._given_up for memory in memories]
+    assert len(given_up) == num_given_up > 0
+    assert not any(any(memory.bytes) for memory in given_up), "untouched again"
+
+
+def test_slots_wait_for_other_threads(pack: Path, load: Load):
+    model = load(pack, "cpu", slots=15)
+    planned = slots_of(model)
+    inside, go_on = threading.Event(), threading.Event()
+    ids = torch.ones(1, 4, dtype=torch.long)
+
+    def stop(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert go_on.wait(60)
+
+    handle = model.model.model.layers[1].register_forward_pre_hook(stop)
+    thread = threading.Thread(target=partial(model.model, input_ids=ids))
+    thread.start()
+    assert inside.wait(60)
+    run(model, LONG_TOKENS)
+    assert slots_of(model) == planned
+    go_on.set()
+    thread.join(60)
+    handle.remove()
+    run(model, LONG_TOKENS)
+    assert slots_of(model) != planned
