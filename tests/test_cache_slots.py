@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from moe_offload.cache import ExpertCache, Lease, PhaseCounts, Placement, PrefetchCounts
-from moe_offload.errors import ConfigError
+from moe_offload.errors import BudgetError, ConfigError
 
 
 def load(cache: ExpertCache, placements: list[Placement], layer_idx: int = 0) -> None:
@@ -243,3 +243,39 @@ def test_check_integrity_sees(damage: str):
 def test_the_cache_needs_no_torch():
     code = "import sys, moe_offload.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_repacking_leaves_the_hottest_without_gaps():
+    cache = ExpertCache([6], [5])
+    for expert_idx in (0, 1, 2, 3, 4):
+        lease = cache.acquire(0, [expert_idx])
+        assert not cache.repack(0, 3, lambda numbers: True), "held"
+        cache.mark_loaded(0, expert_idx)
+        cache.release(lease)
+    before = cache.resident(0)
+    moves: list[dict[int, int]] = []
+    assert cache.repack(0, 3, lambda numbers: bool(moves.append(numbers) or True))
+    after = cache.resident(0)
+    assert set(after) == {2, 3, 4}
+    assert sorted(after.values()) == [0, 1, 2]
+    assert moves == [{before[expert_idx]: after[expert_idx] for expert_idx in after}]
+    cache.check_integrity()
+    assert cache.repack(0, 5, lambda numbers: True)
+    assert cache.resident(0) == after
+    assert cache.num_slots(0) == 5
+    cache.check_integrity()
+    assert cache.repack(0, 4, lambda numbers: False), "their bytes are lost"
+    assert cache.resident(0) == {}
+    cache.check_integrity()
+
+
+def test_repacking_that_gets_no_memory_for_more_changes_nothing():
+    cache = ExpertCache([6], [2])
+
+    def refuse(numbers: dict[int, int]) -> bool:
+        raise BudgetError("full", needed_bytes=2, budget_bytes=1)
+
+    with pytest.raises(BudgetError):
+        cache.repack(0, 4, refuse)
+    assert cache.num_slots(0) == 2
+    cache.check_integrity()

@@ -115,9 +115,7 @@ def test_when_nothing_is_left_the_pass_is_refused(pack: Path, load: Load, device
     run(model, 30)
 
 
-def test_a_slab_without_room_beside_the_old_one_is_read_anew(
-    pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_slab_without_room_beside_the_old_one_is_read_anew(pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
     expected = run(load(pack, "cuda", slots=1000), LONG_TOKENS)
     model = load(pack, "cuda", slots=15)
     allocate, refused = FakeDevice.allocate, []
