@@ -10,8 +10,8 @@ from moe_offload.quant.activation import Activation
 from moe_offload.quant.moe_layer import PackedMlp
 
 SPECS = ("nf4", "nf3", "mxfp4", "int8", "fp8-48x40")
-# around what is computed at once: 16 and 64 rows of x, 256 of them a pass, 96 rows and 128 columns of the weight
-SHAPES = ((1, 1), (7, 640), (96, 128), (97, 513), (200, 260))
+# around what is computed at once: 16 and 64 rows of x, 256 of them a pass; 48 and 384 rows, 256 columns of the weight
+SHAPES = ((1, 1), (7, 640), (48, 256), (97, 513), (400, 260))
 ROWS = (1, 15, 17, 64, 65, 112, 257)
 
 pytestmark = pytest.mark.skipif(
@@ -96,7 +96,7 @@ def test_many_rows_take_this_way():
 class Expert:
     """Random weights of one expert, packed, and its description."""
 
-    hidden, inner = 200, 90  # no multiples of anything that is computed at once
+    hidden, inner = 200, 210  # no multiples of anything that is computed at once, and more gates than that
 
     def __init__(self, spec: str, activation: Activation, *, has_bias: bool, num_pieces: int) -> None:
         self.activation, fmt = activation, get_format(spec)

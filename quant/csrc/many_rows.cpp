@@ -1,6 +1,8 @@
 // The part of the C interface that is about many rows of activations.
 #include "many_rows.h"
 
+#include <algorithm>
+
 #include "export.h"
 #include "pool.h"
 #include "scalar.h"
@@ -10,20 +12,17 @@ namespace {
 
 thread_local Scratch scratch;
 
-// Rows of a piece of work: some that follow one another, so that what comes next can be prefetched; enough pieces for
-// threads to share the work evenly.
-int64_t piece_rows(int64_t rows, int64_t at_once, int num_threads) {
-    const int64_t blocks = rows / (at_once * 8 * (num_threads > 0 ? num_threads : 1));
-    return (blocks < 1 ? 1 : blocks > 4 ? 4 : blocks) * at_once;
-}
-
-// body(begin, end) for ranges of at most `at_once` rows.
+// body(begin, end) for ranges of at most `at_most` rows: the larger, the seldomer the activations are read anew; as small
+// as lets threads share the work evenly.
 template <class Body>
-void for_rows(int64_t rows, int64_t at_once, int num_threads, const Body& body) {
+void for_rows(int64_t rows, int64_t at_most, int num_threads, const Body& body) {
+    const int64_t share = rows / (8 * (num_threads > 0 ? num_threads : 1));
+    const int64_t steps = ceil_div(share, kManyRowsStep);
+    const int64_t piece_rows = std::min(at_most, (steps > 1 ? steps : 1) * kManyRowsStep);
     auto piece = [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; row += at_once) body(row, row + at_once < end ? row + at_once : end);
+        for (int64_t row = begin; row < end; row += piece_rows) body(row, std::min(row + piece_rows, end));
     };
-    parallel_for(rows, piece_rows(rows, at_once, num_threads), num_threads, piece);
+    parallel_for(rows, piece_rows, num_threads, piece);
 }
 
 void fill_panels(const ManyRowsKernels& many, const Tokens& tokens, uint8_t* panels, int num_threads) {

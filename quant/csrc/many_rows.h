@@ -9,8 +9,8 @@
 
 // So many tokens go through the weight at a time; more would not fit beside a block of it in a core's own cache.
 constexpr int64_t kManyTokens = 256;
-// Rows of the weight that are multiplied at a time.
-constexpr int64_t kManyRows = 96;
+// Rows of the weight that are summed at a time, at most, and those of them that are dequantised at a time.
+constexpr int64_t kManyRows = 384, kManyRowsStep = 48;
 
 // Some tokens' activations [tokens, cols] in bf16: token t is row rows[t] of x, or row t without rows.
 struct Tokens {

@@ -20,8 +20,8 @@
 namespace {
 
 constexpr int kLanes = 16;
-// Columns of a panel: those of 64 tokens take a third of a first-level cache.
-constexpr int64_t kPanelCols = 128;
+// Columns of a panel: those of 64 tokens take two thirds of a first-level cache.
+constexpr int64_t kPanelCols = 256;
 // Tokens of one tile of sums, in vectors.
 constexpr int kMaxVectors = 4;
 // Elements from one row of dequantised weights to the next, such that rows do not fall on the same lines of the cache.
@@ -140,13 +140,14 @@ void store_sums(__m512i (&rows)[16], int64_t num_tokens, __mmask16 mask, int64_t
     }
 }
 
-void prefetch_bytes(const void* from, int64_t count) {
+// Inlined always: for GCC, a function that prefetches and does no more has no effect, and calls of it are left out.
+ALWAYS_INLINE void prefetch_bytes(const void* from, int64_t count) {
     for (int64_t i = 0; i < count; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
 }
 
 // What is dequantised next: a panel's share of some rows, and their scales if those begin with it. It is asked for row by
-// row while this panel is multiplied: asked for at once, most of it came too late.
-struct NextPanel {
+// row while this block is multiplied: asked for at once, most of it came too late.
+struct NextBlock {
     const uint8_t* codes;
     int64_t row_bytes;
     int64_t panel_bytes;
@@ -155,7 +156,7 @@ struct NextPanel {
     int64_t scale_bytes;  // of a row of blocks
     int64_t block_rows;
 
-    void prefetch(int64_t begin, int64_t end) const {
+    ALWAYS_INLINE void prefetch(int64_t begin, int64_t end) const {
         for (int64_t row = begin; row < end && row < num_rows; row++) {
             prefetch_bytes(codes + row * row_bytes, panel_bytes);
             if (scales != nullptr && row % block_rows == 0) {
@@ -165,29 +166,25 @@ struct NextPanel {
     }
 };
 
-// After the panel that ends at col_end: the next one of these rows, or the first one of the next piece's.
-NextPanel next_panel(const PackedWeight& weight, int64_t row_begin, int64_t row_end, int64_t col_end) {
+// Of the rows from `row` on that are dequantised at once, the panel that begins at col.
+NextBlock block_at(const PackedWeight& weight, int64_t row, int64_t col) {
     const int64_t panel_bytes = weight.row_bytes * kPanelCols / weight.cols;
-    if (col_end < weight.cols) {
-        const uint8_t* codes = weight.codes + row_begin * weight.row_bytes + weight.row_bytes * col_end / weight.cols;
-        return {codes, weight.row_bytes, panel_bytes, row_end - row_begin, nullptr, 0, 1};
-    }
-    const int64_t num_rows = row_end + kManyRows < weight.rows ? kManyRows : weight.rows - row_end;
-    const uint8_t* codes = weight.codes + row_end * weight.row_bytes;
-    if (weight.code == CODE_BF16 || weight.code == CODE_F16) {
+    const int64_t num_rows = row + kManyRowsStep < weight.rows ? kManyRowsStep : weight.rows - row;
+    const uint8_t* codes = weight.codes + row * weight.row_bytes + weight.row_bytes * col / weight.cols;
+    if (col > 0 || weight.code == CODE_BF16 || weight.code == CODE_F16) {
         return {codes, weight.row_bytes, panel_bytes, num_rows, nullptr, 0, 1};
     }
     const int64_t one_scale = weight.scale_type == SCALE_F32 ? 4 : weight.scale_type == SCALE_F16 ? 2 : 1;
     const int64_t scale_bytes = ceil_div(weight.cols, weight.block_cols) * one_scale;
-    const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + row_end / weight.block_rows * scale_bytes;
+    const uint8_t* scales = static_cast<const uint8_t*>(weight.scales) + row / weight.block_rows * scale_bytes;
     return {codes, weight.row_bytes, panel_bytes, num_rows, scales, scale_bytes, weight.block_rows};
 }
 
 // `next` may be null.
 template <int kVectors>
 void multiply_tiles(const uint16_t* weights, int64_t num_rows, const uint8_t* panel, int64_t pairs, float* sums,
-                    int64_t stride, bool is_first, const NextPanel* next) {
-    constexpr int kRows = 24 / kVectors;  // what fits in registers; kManyRows is a multiple for every kVectors
+                    int64_t stride, bool is_first, const NextBlock* next) {
+    constexpr int kRows = 24 / kVectors;  // what fits in registers; kManyRowsStep is a multiple for every kVectors
     for (int64_t row = 0; row < num_rows; row += kRows) {
         if (next != nullptr) next->prefetch(row, row + kRows);
         multiply_tile<kVectors, kRows>(weights + row * kWeightStride, panel, pairs, sums + row * stride, stride,
@@ -200,7 +197,7 @@ constexpr int64_t kMostTileRows = 24;
 
 // What one thread works in.
 struct Workspace {
-    alignas(64) uint16_t weights[kManyRows * kWeightStride];
+    alignas(64) uint16_t weights[kManyRowsStep * kWeightStride];
     alignas(64) float sums[(kManyRows + kMostTileRows) * kManyTokens];
 };
 
@@ -209,31 +206,45 @@ Workspace& workspace() {
     return instance;
 }
 
-// Sums of rows [row_begin, row_end), plus the bias of each, to workspace().sums from row `to_row` on.
-void sum_rows(const Product& product, int64_t row_begin, int64_t row_end, int64_t to_row) {
+// Adds a panel's share of rows [row_begin, row_end) to `sums`, or puts it there if the panel is the first; `next` is
+// asked for meanwhile.
+void sum_block(const Product& product, int64_t row_begin, int64_t row_end, int64_t col, const NextBlock& next,
+               float* sums) {
     const PackedWeight& weight = *product.weight;
     uint16_t* weights = workspace().weights;
+    const int64_t end = col + kPanelCols < weight.cols ? col + kPanelCols : weight.cols;
+    product.kernels.dequantize_region(weight, {row_begin, row_end, col, end}, {weights, kWeightStride, DTYPE_BF16});
+    if (end % 2 != 0) {
+        for (int64_t row = 0; row < row_end - row_begin; row++) weights[row * kWeightStride + end - col] = 0;
+    }
+    const int64_t padded = padded_tokens(product.num_tokens), pairs = panel_pairs(weight.cols, col);
+    const uint8_t* panel = product.panels + col / 2 * padded * 4;
+    for (int64_t token = 0; token < padded; token += kMaxVectors * kLanes) {
+        const int64_t vectors = (padded - token) / kLanes;
+        const auto multiply = vectors >= 4   ? multiply_tiles<4>
+                              : vectors == 3 ? multiply_tiles<3>
+                              : vectors == 2 ? multiply_tiles<2>
+                                             : multiply_tiles<1>;
+        multiply(weights, row_end - row_begin, panel + token * pairs * 4, pairs, sums + token, padded, col == 0,
+                 token == 0 ? &next : nullptr);
+    }
+}
+
+// Sums of rows [row_begin, row_end), plus the bias of each, to workspace().sums from row `to_row` on. Each panel goes
+// through all of the rows: the activations' panels together are more than a core's own cache holds.
+void sum_rows(const Product& product, int64_t row_begin, int64_t row_end, int64_t to_row) {
+    const PackedWeight& weight = *product.weight;
     const int64_t num_rows = row_end - row_begin;
     const int64_t padded = padded_tokens(product.num_tokens);
     float* sums = workspace().sums + to_row * padded;
     if (weight.cols == 0) std::memset(sums, 0, static_cast<size_t>(num_rows * padded * 4));
     for (int64_t col = 0; col < weight.cols; col += kPanelCols) {
-        const int64_t end = col + kPanelCols < weight.cols ? col + kPanelCols : weight.cols;
-        const int64_t pairs = panel_pairs(weight.cols, col);
-        product.kernels.dequantize_region(weight, {row_begin, row_end, col, end}, {weights, kWeightStride, DTYPE_BF16});
-        if (end % 2 != 0) {
-            for (int64_t row = 0; row < num_rows; row++) weights[row * kWeightStride + end - col] = 0;
-        }
-        const NextPanel next = next_panel(weight, row_begin, row_end, end);
-        const uint8_t* panel = product.panels + col / 2 * padded * 4;
-        for (int64_t token = 0; token < padded; token += kMaxVectors * kLanes) {
-            const int64_t vectors = (padded - token) / kLanes;
-            const auto multiply = vectors >= 4   ? multiply_tiles<4>
-                                  : vectors == 3 ? multiply_tiles<3>
-                                  : vectors == 2 ? multiply_tiles<2>
-                                                 : multiply_tiles<1>;
-            multiply(weights, num_rows, panel + token * pairs * 4, pairs, sums + token, padded, col == 0,
-                     token == 0 ? &next : nullptr);
+        for (int64_t row = row_begin; row < row_end; row += kManyRowsStep) {
+            const int64_t end = row + kManyRowsStep < row_end ? row + kManyRowsStep : row_end;
+            const NextBlock next = end < row_end                   ? block_at(weight, end, col)
+                                   : col + kPanelCols < weight.cols ? block_at(weight, row_begin, col + kPanelCols)
+                                                                    : block_at(weight, row_end, 0);
+            sum_block(product, row, end, col, next, sums + (row - row_begin) * padded);
         }
     }
     if (product.bias == nullptr) return;

@@ -150,9 +150,8 @@ inline int quantize_nf3_rows(const PackedWeight& weight, const Matrix& source, i
 
 // ---- dequantising -------------------------------------------------------------------------------------------------
 
-// The 32 table entries of one half of a unit, in order.
-ALWAYS_INLINE void unpack_nf3_half(const uint8_t* unit, int half, int number, int16_t* entries) {
-    const int16_t* const values = kNf3Values[number];
+// What the 32 codes of one half of a unit stand for in a table, in order.
+ALWAYS_INLINE void unpack_nf3_half(const uint8_t* unit, int half, const int16_t* values, int16_t* entries) {
     uint32_t high = 0;
     for (int b = 0; b < 4; b++) high |= static_cast<uint32_t>(unit[16 + 4 * half + b]) << (8 * b);
     for (int k = 0; k < 4; k++) {
@@ -166,12 +165,12 @@ ALWAYS_INLINE void unpack_nf3_half(const uint8_t* unit, int half, int number, in
 constexpr int kNf3Shorts = kNf3Group / (2 * V::kLanes) > 0 ? kNf3Group / (2 * V::kLanes) : 1;  // vectors of a half unit
 
 template <class Vectors = V>
-ALWAYS_INLINE void nf3_shorts(const uint8_t* unit, int half, int number, typename Vectors::Shorts* values) {
+ALWAYS_INLINE void nf3_shorts(const uint8_t* unit, int half, const int16_t* table, typename Vectors::Shorts* values) {
     if constexpr (Vectors::kLooksUpNf3) {
-        Vectors::lookup_nf3(unit, half, kNf3Values[number], values);
+        Vectors::lookup_nf3(unit, half, table, values);
     } else {
         int16_t entries[kNf3Group];
-        unpack_nf3_half(unit, half, number, entries);
+        unpack_nf3_half(unit, half, table, entries);
         for (int s = 0; s < kNf3Shorts; s++) values[s] = Vectors::shorts(entries + s * 2 * V::kLanes);
     }
 }
@@ -180,7 +179,7 @@ ALWAYS_INLINE void nf3_shorts(const uint8_t* unit, int half, int number, typenam
 ALWAYS_INLINE void nf3_floats(const uint8_t* unit, int half, int number, float* values) {
     V::Shorts shorts[kNf3Shorts];
     int16_t entries[kNf3Group];
-    nf3_shorts(unit, half, number, shorts);
+    nf3_shorts(unit, half, kNf3Values[number], shorts);
     std::memcpy(entries, shorts, sizeof(entries));
     for (int i = 0; i < kNf3Group; i++) values[i] = static_cast<float>(entries[i]);
 }
@@ -189,23 +188,37 @@ ALWAYS_INLINE void nf3_floats(const uint8_t* unit, int half, int number, float* 
 inline void dequantize_nf3(const PackedWeight& weight, const Region& region, const Matrix& out) {
     if (weight.cols == 0) return;
     const int64_t units = nf3_units(weight);
+    float tables_f32[kNf3Tables * 8];
+    for (int i = 0; i < kNf3Tables * 8; i++) tables_f32[i] = static_cast<float>(kNf3Values[i / 8][i % 8]) * kNf3Factor;
     for (int64_t row = region.row_begin; row < region.row_end; row++) {
         const uint8_t* const codes = weight.codes + row * weight.row_bytes;
         const uint8_t* const tables = codes + units * kNf3UnitBytes;
         const float scale = scale_at(weight, row);
         const int64_t start = (row - region.row_begin) * out.stride - region.col_begin;
+        int16_t scaled[kNf3Tables * 8];  // the tables times the scale, if the dtype has 16 bits
+        for (int i = 0; i < kNf3Tables * 8 && out.dtype != DTYPE_F32; i += V::kLanes) {
+            store_lanes(scaled, out.dtype, i, V::mul(V::load(tables_f32 + i), V::set1(scale)));
+        }
         for (int64_t col = region.col_begin; col < region.col_end; col += kNf3Group) {
             const int64_t unit = col / kNf3Unit, count = region.col_end - col;
             const int half = static_cast<int>(col / kNf3Group % 2);
-            float values[kNf3Group];
-            nf3_floats(codes + unit * kNf3UnitBytes, half, nf3_table(tables, unit, half), values);
-            for (int i = 0; i < kNf3Group; i++) values[i] = values[i] * kNf3Factor * scale;
-            if (count >= kNf3Group) {
-                for (int i = 0; i < kNf3Group; i += V::kLanes) {
-                    store_lanes(out.data, out.dtype, start + col + i, V::load(values + i));
-                }
+            const uint8_t* const at = codes + unit * kNf3UnitBytes;
+            const int number = nf3_table(tables, unit, half);
+            if (out.dtype == DTYPE_F32) {
+                float values[kNf3Group];
+                nf3_floats(at, half, number, values);
+                for (int i = 0; i < kNf3Group; i++) values[i] = values[i] * kNf3Factor * scale;
+                std::memcpy(static_cast<float*>(out.data) + start + col, values,
+                            static_cast<size_t>(count < kNf3Group ? count : kNf3Group) * 4);
             } else {
-                for (int64_t i = 0; i < count; i++) store_from_float(out.data, out.dtype, start + col + i, values[i]);
+                V::Shorts values[kNf3Shorts];
+                nf3_shorts(at, half, scaled + number * 8, values);
+                int16_t* const to = static_cast<int16_t*>(out.data) + start + col;
+                if (count >= kNf3Group) {
+                    std::memcpy(to, values, sizeof(values));
+                } else {
+                    std::memcpy(to, values, static_cast<size_t>(count) * 2);
+                }
             }
         }
     }

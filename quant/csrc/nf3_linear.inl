@@ -50,7 +50,7 @@ ALWAYS_INLINE void add_nf3_units(const uint8_t* codes, int64_t units, int64_t un
     for (int i = 0; i < 2 * kUnits; i++) {
         const uint8_t* const at = codes + (unit + i / 2) * kNf3UnitBytes;
         if (i % 2 == 0) V::prefetch(at + kPrefetchBytes);
-        nf3_shorts(at, i % 2, nf3_table(tables, unit + i / 2, i % 2), values + i * kNf3Shorts);
+        nf3_shorts(at, i % 2, kNf3Values[nf3_table(tables, unit + i / 2, i % 2)], values + i * kNf3Shorts);
     }
     for (int t = 0; t < kTokens; t++) {
         const int16_t* const input = inputs[t] + unit * kNf3Unit;
