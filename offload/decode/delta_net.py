@@ -6,7 +6,7 @@ import torch
 
 from moe_offload.offload.decode.attention_forward import kind_of
 from moe_offload.offload.decode.linears import compute_dtype, projection_of
-from moe_offload.offload.decode.recurrent_forward import RecurrentForward, agrees
+from moe_offload.offload.decode.recurrent_forward import RecurrentForward, StateShapes, agrees
 from moe_offload.quant.delta_net import DeltaNetCall, DeltaNetWeights
 from moe_offload.quant.step_weights import Norm
 
@@ -28,13 +28,13 @@ def fuse_delta_nets(model: Any) -> None:
             continue
         dtype = compute_dtype(module.out_proj)
         call = DeltaNetCall(weights, dtype)
+        past, state = (1, *weights.convolution.shape), (1, weights.num_value_heads, weights.key_dim, weights.value_dim)
+        shapes = StateShapes(torch.Size(past), torch.Size(state), dtype)
         kind = kind_of(module)
         if kind not in known:
-            past = torch.Size((1, *weights.convolution.shape))
-            state = torch.Size((1, weights.num_value_heads, weights.key_dim, weights.value_dim))
-            known[kind] = agrees(module, call, past, state, model.config, dtype)
+            known[kind] = agrees(module, call, shapes, model.config)
         if known[kind]:
-            FusedDeltaNet(module, (*_GROUPED, *_SEPARATE, *_OTHERS), dtype, call)
+            FusedDeltaNet(module, (*_GROUPED, *_SEPARATE, *_OTHERS), call, shapes)
 
 
 def _weights(module: Any) -> DeltaNetWeights | None:

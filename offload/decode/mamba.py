@@ -6,7 +6,7 @@ import torch
 
 from moe_offload.offload.decode.attention_forward import kind_of
 from moe_offload.offload.decode.linears import compute_dtype, projection_of
-from moe_offload.offload.decode.recurrent_forward import RecurrentForward, agrees
+from moe_offload.offload.decode.recurrent_forward import RecurrentForward, StateShapes, agrees
 from moe_offload.quant.mamba_step import MambaCall, MambaWeights
 from moe_offload.quant.step_weights import Norm
 
@@ -27,13 +27,13 @@ def fuse_mambas(model: Any) -> None:
             continue
         dtype = compute_dtype(module.out_proj)
         call = MambaCall(weights, dtype)
+        past, state = (1, *weights.convolution.shape), (1, weights.num_heads, weights.head_dim, weights.state_size)
+        shapes = StateShapes(torch.Size(past), torch.Size(state), dtype)
         kind = kind_of(module)
         if kind not in known:
-            past = torch.Size((1, *weights.convolution.shape))
-            state = torch.Size((1, weights.num_heads, weights.head_dim, weights.state_size))
-            known[kind] = agrees(module, call, past, state, model.config, dtype)
+            known[kind] = agrees(module, call, shapes, model.config)
         if known[kind]:
-            FusedMamba(module, _NAMES, dtype, call)
+            FusedMamba(module, _NAMES, call, shapes)
 
 
 def _weights(module: Any) -> MambaWeights | None:

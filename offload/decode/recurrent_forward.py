@@ -1,5 +1,6 @@
 """What the fast forwards of layers with a state in the cache share: when one may run, and how they are tried."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +19,21 @@ class RecurrentCall(Protocol):
     def __call__(self, x: torch.Tensor, past: torch.Tensor, state: torch.Tensor) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True)
+class StateShapes:
+    """What the cache keeps of one sequence: the convolution's last tokens in ``dtype``, and a state in fp32."""
+
+    past: torch.Size
+    state: torch.Size
+    dtype: torch.dtype
+
+
 class RecurrentForward(ModuleStep):
     """The forward of a layer with children ``names`` that keeps a state in the cache."""
 
-    def __init__(self, module: Any, names: tuple[str, ...], dtype: torch.dtype, call: RecurrentCall) -> None:
-        super().__init__(module, names, module.hidden_size, dtype)
-        self._call = call
+    def __init__(self, module: Any, names: tuple[str, ...], call: RecurrentCall, shapes: StateShapes) -> None:
+        super().__init__(module, names, module.hidden_size, shapes.dtype)
+        self._call, self._shapes = call, shapes
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the module's own."""
@@ -33,39 +43,40 @@ class RecurrentForward(ModuleStep):
             and kwargs.get("cu_seq_lens_q") is None
             and self._may_run(hidden_states)
         ):
-            layer = _layer_of(kwargs.get("cache_params"), self._module.layer_idx, self._dtype)
+            layer = _layer_of(kwargs.get("cache_params"), self._module.layer_idx, self._shapes)
             if layer is not None:
                 return self._call(hidden_states, layer.conv_states[0], layer.recurrent_states[0])
         return self._eager(hidden_states, *args, **kwargs)
 
 
-def _layer_of(cache: Any, layer_idx: int, dtype: torch.dtype) -> LinearAttentionLayer | None:
-    """The cache's layer if the kernel can bring it up to date: with the states of one sequence, and no past kept."""
+def _layer_of(cache: Any, layer_idx: int, shapes: StateShapes) -> LinearAttentionLayer | None:
+    """The cache's layer if the kernel can bring it up to date: with states of these shapes, and no past kept."""
     if type(cache) is not DynamicCache or cache.offloading or layer_idx >= len(cache.layers):
         return None
     layer = cache.layers[layer_idx]
     if type(layer) is not LinearAttentionLayer or layer.record_past or not layer.has_previous_state[0]:
         return None
     past, state = layer.conv_states[0], layer.recurrent_states[0]
-    if past is None or state is None or past.shape[0] != 1 or past.dtype != dtype or state.dtype != torch.float32:
+    if past is None or state is None or past.shape != shapes.past or state.shape != shapes.state:
+        return None
+    if past.dtype != shapes.dtype or state.dtype != torch.float32:
         return None
     return layer if past.is_contiguous() and state.is_contiguous() else None
 
 
 @torch.no_grad()
-def agrees(
-    module: Any, call: RecurrentCall, past: torch.Size, state: torch.Size, config: Any, dtype: torch.dtype
-) -> bool:
-    """Whether both give the same for a random token after random states of these shapes, and leave the same states."""
+def agrees(module: Any, call: RecurrentCall, shapes: StateShapes, config: Any) -> bool:
+    """Whether both give the same for a random token after random states, and leave the same states."""
     generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(1, 1, module.hidden_size, generator=generator).to(dtype)
-    states = torch.randn(past, generator=generator).to(dtype), torch.randn(state, generator=generator)
+    hidden_states = torch.randn(1, 1, module.hidden_size, generator=generator).to(shapes.dtype)
+    past = torch.randn(shapes.past, generator=generator).to(shapes.dtype)
+    state = torch.randn(shapes.state, generator=generator)
     layers = []
     for _ in range(2):
         cache = DynamicCache(config=config)
-        cache.update_conv_state(states[0], module.layer_idx)
-        cache.update_recurrent_state(states[1], module.layer_idx)
-        layers.append((cache, _layer_of(cache, module.layer_idx, dtype)))
+        cache.update_conv_state(past, module.layer_idx)
+        cache.update_recurrent_state(state, module.layer_idx)
+        layers.append((cache, _layer_of(cache, module.layer_idx, shapes)))
     (cache, own), (_, layer) = layers
     if own is None or layer is None:
         return False
@@ -77,4 +88,4 @@ def agrees(
         (own.conv_states[0][..., -1], layer.conv_states[0][..., -1]),
         (own.recurrent_states[0], layer.recurrent_states[0]),
     )
-    return all(distance(*pair) <= _TOLERANCE[dtype] for pair in pairs)
+    return all(distance(*pair) <= _TOLERANCE[shapes.dtype] for pair in pairs)
