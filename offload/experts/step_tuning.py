@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
@@ -111,6 +112,7 @@ class StepTuner(Generic[Setting]):
         self._is_first = self._is_cut_short = False
         self._since_held: list[float] = []
         self._expected_s: float | None = None
+        self._lock = threading.Lock()
         self._begin_trials()
 
     @property
@@ -125,25 +127,35 @@ class StepTuner(Generic[Setting]):
 
     def setting_after(self, elapsed_s: float) -> Setting:
         """For the rest of a step that has taken so long already: one on trial may turn out to be hopeless."""
-        if self._limit_s is not None and elapsed_s > self._limit_s and self._trials is not None:
-            self._trials.worth_trying.remove(self._current)
-            losses = self._trials.losses()
-            self._current, self._limit_s, self._is_cut_short = min(losses, key=losses.__getitem__), None, True
+        if self._limit_s is not None and elapsed_s > self._limit_s:
+            with self._lock:
+                self._cut_short()
         return self.setting
 
     def record(self, step_s: float, num_missed: int) -> None:
         """A decode step has taken ``step_s`` with the current setting; ``num_missed`` experts were in no slot."""
-        if self._trials is None:
-            self._hold_on(step_s)
-            return
+        with self._lock:
+            if self._trials is None:
+                self._hold_on(step_s)
+            else:
+                self._record_trial(self._trials, step_s, num_missed)
+
+    # -- trials; the lock is held --
+
+    def _record_trial(self, trials: _Trials, step_s: float, num_missed: int) -> None:
         if not self._is_first and not self._is_cut_short:
-            self._trials.steps[self._current].append((step_s, num_missed))
+            trials.steps[self._current].append((step_s, num_missed))
         self._is_first = False  # the first step after a switch still lives on what the other setting brought
         self._steps_left -= 1
         if self._steps_left <= 0 or self._is_cut_short:
-            self._end_trial(self._trials)
+            self._end_trial(trials)
 
-    # -- trials --
+    def _cut_short(self) -> None:
+        if self._limit_s is None or self._trials is None:  # another thread's step was first
+            return
+        self._trials.worth_trying.remove(self._current)
+        losses = self._trials.losses()
+        self._current, self._limit_s, self._is_cut_short = min(losses, key=losses.__getitem__), None, True
 
     def _begin_trials(self) -> None:
         if not self._turn.take(self):
@@ -178,7 +190,7 @@ class StepTuner(Generic[Setting]):
             falls_back = losses.get(self._fallback, 1.0) <= REQUIRED_GAIN
             self._hold(self._fallback if falls_back else min(losses, key=losses.__getitem__))
 
-    # -- what was found --
+    # -- what was found; the lock is held --
 
     def _hold(self, index: int) -> None:
         is_confirmed = index == self._held
