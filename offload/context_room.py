@@ -77,14 +77,16 @@ class ContextRoom:
 
     def _texts(self, batch_size: int, num_new: int, cache: Cache | None) -> list[tuple[int, int]]:
         """Size and tokens of each batch that is in memory; none where it is the one text that was planned."""
-        if isinstance(cache, Cache):
-            is_fixed = cache.is_compileable  # its memory is all there, however much of it is in use
-            past_tokens = cache.get_max_cache_shape() if is_fixed else cache.get_seq_length() + num_new
-            self._tokens[cache] = (batch_size, int(past_tokens))
+        # A cache of fixed size grows no more; and how much of it is in use, only the device may know.
+        is_fixed = isinstance(cache, Cache) and cache.is_compileable
+        if isinstance(cache, Cache) and not is_fixed:
+            self._tokens[cache] = (batch_size, cache.get_seq_length() + num_new)
         texts = list(self._tokens.values())
         if not isinstance(cache, Cache):  # the model makes one in this pass, which then comes back with the next
             texts.append((batch_size, num_new))
-        is_planned = len(texts) == 1 and texts[0][0] == 1 and texts[0][1] <= self._plan.context_tokens
+        is_planned = not texts or (
+            len(texts) == 1 and texts[0][0] == 1 and texts[0][1] <= self._plan.context_tokens and not is_fixed
+        )
         return [] if is_planned else texts
 
     def _make_room(self, texts: Sequence[tuple[int, int]], num_new: int) -> None:

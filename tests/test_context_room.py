@@ -12,7 +12,7 @@ import torch
 from fake_device import FakeDevice
 from families import make_config
 from family_runs import save_random_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
@@ -165,3 +165,13 @@ def test_slots_wait_for_other_threads(pack: Path, load: Load):
     handle.remove()
     run(model, LONG_TOKENS)
     assert slots_of(model) != planned
+
+
+def test_a_cache_of_fixed_size_takes_nothing(pack: Path, load: Load):
+    model = load(pack, "cpu", slots=15)
+    planned = slots_of(model)
+    cache = StaticCache(config=model.model.config, max_cache_len=4 * LONG_TOKENS)
+    with torch.inference_mode():
+        for _ in range(3):
+            model.model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+    assert slots_of(model) == planned
