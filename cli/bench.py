@@ -155,7 +155,7 @@ def bench(
     from moe_offload.cli.consoles import notes_console
     from moe_offload.cli.opening import quiet_libraries, silence_transformers
     from moe_offload.cli.progress import TerminalProgress
-    from moe_offload.cli.ranks import group_if_any, serve_group, serves_experts
+    from moe_offload.cli.ranks import group_if_any, in_a_group, refuse_ranks, serve_group, serves_experts
     from moe_offload.offload.bench import run, serve_runs
     from moe_offload.offload.bench.packs import Shape, synthetic_pack
     from moe_offload.offload.bench.settings import Workload, cross
@@ -171,9 +171,12 @@ def bench(
     shares = [share for given in resident for share in given] or ([] if ram else [0.5, 1.0])
     settings = cross(ram=ram, resident=shares, policies=policy, prefetch=prefetch)
     progress = TerminalProgress(console)
+    if in_a_group() and (pack is None or not is_pack(pack)):
+        raise ConfigError("ranks that share the experts measure a pack that is there: name its folder")
+    if in_a_group() and trace is not None:
+        refuse_ranks("a trace is")
     if serves_experts():
-        if pack is None or not is_pack(pack):
-            raise ConfigError("ranks that share the experts measure a pack that is there: name its folder")
+        assert pack is not None
         serve_group(lambda group: serve_runs(pack, settings, workload, group, repeat=repeat), "cpu")
         return
     with quiet_libraries(console), group_if_any("cpu") as group:

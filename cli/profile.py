@@ -140,7 +140,9 @@ def _run(
     perfetto: Path | None,
 ) -> "ProfileReport":
     from moe_offload.cli.opening import open_model
+    from moe_offload.cli.ranks import refuse_ranks
 
+    refuse_ranks("a profile is")
     with open_model(model, load, notes) as opened, notes.status("Starting") as status:
 
         def tell(prompt: "Prompt", number: int, count: int) -> None:

@@ -15,7 +15,15 @@ from moe_offload.cli.lazy_group import Failure
 from moe_offload.errors import ConfigError, GroupMismatchError, MoeOffloadError, PeerFailedError, PeerLostError
 from moe_offload.offload.parallel.environment import in_a_group, serves_experts
 
-__all__ = ["group_if_any", "serve", "serve_group", "serves_experts", "started_by_torchrun"]
+__all__ = [
+    "group_if_any",
+    "in_a_group",
+    "refuse_ranks",
+    "serve",
+    "serve_group",
+    "serves_experts",
+    "started_by_torchrun",
+]
 
 if TYPE_CHECKING:
     from moe_offload.offload.parallel.group import ExpertGroup
@@ -37,6 +45,12 @@ def group_if_any(device: str = "auto") -> Iterator["ExpertGroup | None"]:
         yield group
 
 
+def refuse_ranks(what: str) -> None:
+    """`ConfigError` where this process was started as one of several; ``what``: "a trace is"."""
+    if in_a_group():
+        raise ConfigError(f"{what} of one process that has all experts; start it without torchrun")
+
+
 def started_by_torchrun() -> bool:
     """Whether Ctrl-C goes to torchrun, which ends all ranks."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -56,7 +70,7 @@ def serve(model: str | None, load: Mapping[str, Any]) -> None:
             serve_experts(model, group, **load)
 
     if "trace" in load:
-        raise ConfigError("a trace is of one process that has all experts; record it without torchrun")
+        refuse_ranks("a trace is")
     serve_group(hold, load.get("device", "auto"))
 
 

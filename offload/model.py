@@ -200,7 +200,7 @@ class OffloadedModel:
         if trace_tokens and trace is None:
             raise ConfigError("the ids of tokens can only be recorded with a trace: name its file (--trace FILE)")
         if group is not None and trace is not None:
-            raise ConfigError("a trace is of one process that has all experts; record it without torchrun")
+            raise ConfigError("a trace is of one process that has all experts; start it without torchrun")
         depth = parse_prefetch(prefetch)
         vram_sizes = vram_by_device(vram)
         if group is not None and vram_sizes is not None:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from expert_ranks import SETTINGS, Child, children, free_port, rank_environment
 from family_runs import example_inputs, run_logits
 from loaded_models import PROMPT, make_pack
 
 from moe_offload import OffloadedModel
+from moe_offload.cli.main import cli
 from moe_offload.errors import ConfigError, GroupMismatchError, PeerLostError
 from moe_offload.offload.pack.share import Share
 from moe_offload.offload.parallel.environment import Place, in_a_group, serves_experts
@@ -166,6 +168,16 @@ def test_the_environment():
         Place.from_environment(rank_environment(2, 2, 1))
     with pytest.raises(ConfigError, match="RANK=x is no number"):
         Place.from_environment(rank_environment(0, 2, 1) | {"RANK": "x"})
+
+
+@pytest.mark.parametrize("command", [["profile", "x"], ["bench", "--like", "mixtral-8x7b"]])
+def test_commands_that_are_of_one_process_refuse_ranks(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_OFFLOAD_HOME", str(tmp_path))
+    for name, value in rank_environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 1
+    assert "without torchrun" in result.stderr or "name its folder" in result.stderr
 
 
 def test_shares():
