@@ -22,7 +22,7 @@ from moe_offload.errors import ConfigError, GroupMismatchError, PeerLostError
 from moe_offload.offload.pack.share import Share
 from moe_offload.offload.parallel.environment import Place, in_a_group, serves_experts
 from moe_offload.offload.parallel.group import ExpertGroup
-from moe_offload.offload.parallel.network import interface_to
+from moe_offload.offload.parallel.network import chosen_interface, interface_to
 
 NEW_TOKENS = 6
 
@@ -196,3 +196,14 @@ def test_shares():
 def test_the_interface_to_this_machine():
     assert interface_to("127.0.0.1", 80) == "lo"
     assert interface_to("no.such.host.invalid", 80) is None
+
+
+def test_the_interface_is_gloos_for_a_while_only(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with chosen_interface("127.0.0.1", 80) as name:
+        assert os.environ["GLOO_SOCKET_IFNAME"] == name == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    with chosen_interface("127.0.0.1", 80) as name:
+        assert os.environ["GLOO_SOCKET_IFNAME"] == name == "eth7"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"

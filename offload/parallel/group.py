@@ -19,7 +19,7 @@ from moe_offload.offload.pack.share import Share
 from moe_offload.offload.parallel.agreement import Facts, check_agreement, facts_of
 from moe_offload.offload.parallel.environment import Place
 from moe_offload.offload.parallel.link import Link
-from moe_offload.offload.parallel.network import choose_interface
+from moe_offload.offload.parallel.network import chosen_interface
 from moe_offload.offload.parallel.watch import Watch
 from moe_offload.offload.planning.memory import Memory, ram_memory
 
@@ -48,31 +48,35 @@ class ExpertGroup:
         self._everyone: list[Facts] = []
         memory = ram_memory()  # now, before anybody has taken any
         self.ram = Memory(memory.total_bytes // place.num_local, memory.free_bytes // place.num_local)
-        choose_interface(place.host, place.port)
-        try:
-            self._store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_TIMEOUT_S)))
-            self._use_nccl = self._all_on_gpus(device)
-            backend = "cpu:gloo,cuda:nccl" if self._use_nccl else "gloo"
-            dist.init_process_group(
-                backend,
-                store=self._store,
-                rank=place.rank,
-                world_size=place.num_ranks,
-                timeout=timedelta(seconds=START_TIMEOUT_S),
-            )
-            messages = dist.new_group(timeout=_NO_TIMEOUT)
-        except RuntimeError as error:
-            raise GroupError(
-                f"the {place.num_ranks} ranks did not come together at {place.host}:{place.port} within "
-                f"{START_TIMEOUT_S} s: {str(error).partition(chr(10))[0]:.200}; see that all are started, that "
-                f"port {place.port} is open, and that GLOO_SOCKET_IFNAME "
-                f"({os.environ.get('GLOO_SOCKET_IFNAME', 'not set')}) is the interface between the machines"
-            ) from error
-        assert messages is not None
+        with chosen_interface(place.host, place.port) as interface:
+            messages = self._come_together(device, interface)
         link_device = torch.device("cuda", place.local_rank) if self._use_nccl else torch.device("cpu")
         ranks = range(1, place.num_ranks) if place.rank == 0 else [0]
         self.links = {rank: Link(rank, messages, link_device, self.lost) for rank in ranks}
         self._watch = Watch(self._connect, place.rank, place.num_ranks, place.silence_s, self._abort)
+
+    def _come_together(self, device: str, interface: str | None) -> dist.ProcessGroup:
+        place, timeout = self.place, timedelta(seconds=START_TIMEOUT_S)
+        try:
+            self._store, _, _ = next(rendezvous("env://", timeout=timeout))
+            self._use_nccl = self._all_on_gpus(device)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self._use_nccl else "gloo",
+                store=self._store,
+                rank=place.rank,
+                world_size=place.num_ranks,
+                timeout=timeout,
+            )
+            messages: dist.ProcessGroup | None = dist.new_group(timeout=_NO_TIMEOUT)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise GroupError(
+                f"the {place.num_ranks} ranks did not come together at {place.host}:{place.port} within "
+                f"{START_TIMEOUT_S} s ({reason:.200}); see that all are started, that port {place.port} is open, and "
+                f"that the network interface {interface} leads to the other machines (GLOO_SOCKET_IFNAME)"
+            ) from error
+        assert messages is not None
+        return messages
 
     @classmethod
     def from_environment(cls, device: str = "auto") -> Self:

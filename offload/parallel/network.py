@@ -2,19 +2,29 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
 _VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
-def choose_interface(host: str, port: int) -> None:
-    """Have gloo use the interface that leads to rank 0, unless the user has chosen one.
+@contextmanager
+def chosen_interface(host: str, port: int) -> Iterator[str | None]:
+    """Within this gloo uses the interface that leads to rank 0, unless the user has chosen one; its name.
 
     By itself it takes the one that the machine's own name resolves to, which on many is the loopback's.
     """
-    if _VARIABLE not in os.environ and (name := interface_to(host, port)) is not None:
-        os.environ[_VARIABLE] = name
+    name = None if _VARIABLE in os.environ else interface_to(host, port)
+    if name is None:
+        yield os.environ.get(_VARIABLE)
+        return
+    os.environ[_VARIABLE] = name
+    try:
+        yield name
+    finally:
+        del os.environ[_VARIABLE]
 
 
 def interface_to(host: str, port: int) -> str | None:
