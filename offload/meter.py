@@ -34,6 +34,7 @@ class Reading(NamedTuple):
     prefetch_wasted_bytes: int
     bytes_read: int
     bytes_copied: int
+    copy_bytes_per_s: float
     stall_s: float
     num_warmed: int
     computed_on_cpu: int
@@ -59,6 +60,7 @@ class Meter:
             prefetch_wasted_bytes=residency.prefetch_wasted_bytes,
             bytes_read=residency.bytes_read,
             bytes_copied=residency.bytes_copied,
+            copy_bytes_per_s=residency.copy_bytes_per_s,
             stall_s=residency.stall_s,
             num_warmed=residency.num_warmed,
             computed_on_cpu=residency.computed_on_cpu,
@@ -84,6 +86,7 @@ class Meter:
             misses=counts.total.misses + counts.total.bypassed - guessed,
             bytes_read=later.bytes_read - earlier.bytes_read,
             bytes_copied=later.bytes_copied - earlier.bytes_copied,
+            copy_bytes_per_s=later.copy_bytes_per_s,
             stall_s=later.stall_s - earlier.stall_s,
             prefetch_issued=prefetch.issued,
             prefetch_used=prefetch.used + prefetch.late,

@@ -8,6 +8,7 @@ from typing import Any
 class RunReport:
     """Counts and times; ``hits`` and ``misses`` are experts asked for by layers, misses include those without a slot.
 
+    ``copy_bytes_per_s`` is the rate of the link to the device by the device's clock, `link_use` the share used of it.
     ``stall_s`` is the time in which nothing was computed because an expert was awaited. Of the experts prefetched,
     those used were hits, some of which were waited for (late); those wasted left unused, some of them cut off halfway.
     ``warmed`` experts were read back by a warm start. Of the misses, so many as ``computed_on_cpu`` were computed from
@@ -25,6 +26,7 @@ class RunReport:
     misses: int = 0
     bytes_read: int = 0
     bytes_copied: int = 0
+    copy_bytes_per_s: float = 0.0
     stall_s: float = 0.0
     prefetch_issued: int = 0
     prefetch_used: int = 0
@@ -50,6 +52,13 @@ class RunReport:
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
 
+    @property
+    def link_use(self) -> float:
+        """Share of what the link to the device could have carried that it did carry; 0 where its rate is not known."""
+        could_bytes = (self.time_to_first_token_s + self.decode_s) * self.copy_bytes_per_s
+        return self.bytes_copied / could_bytes if could_bytes > 0 else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """All figures by name, the derived ones too."""
-        return asdict(self) | {"tokens_per_s": self.tokens_per_s, "hit_ratio": self.hit_ratio}
+        derived = {"tokens_per_s": self.tokens_per_s, "hit_ratio": self.hit_ratio, "link_use": self.link_use}
+        return asdict(self) | derived

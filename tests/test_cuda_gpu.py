@@ -265,3 +265,35 @@ def test_layers_on_two_gpus_give_what_one_gives(tmp_path: Path):
         tokens, logits = run_logits(model.model, inputs)
         assert torch.equal(tokens.cpu(), expected[0].cpu())
         torch.testing.assert_close(logits.cpu(), expected[1].cpu(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_budget_is_enough_when_the_allocator_gets_no_more(pack: Path):
+    """As the allocator reserves memory: rounded, in blocks, and with what lies between them."""
+    with load(pack, slots=6, host_slots=6) as model:
+        inputs = {k: v.to("cuda") for k, v in example_inputs(model.model.config).items()}
+        run_logits(model.model, inputs)
+        plan = model.plan
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert plan.vram_bytes is not None
+    limit_bytes = torch.cuda.memory_reserved() + plan.vram_bytes - plan.device_context_bytes
+    _, total_bytes = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(limit_bytes / total_bytes)
+    try:
+        with load(pack, slots=6, host_slots=6) as model:
+            run_logits(model.model, inputs)
+            assert torch.cuda.memory_reserved() <= limit_bytes
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_slots_given_up_are_the_allocators_again(pack: Path):
+    with load(pack, slots=60) as model:
+        residency = model._residency
+        inputs = {k: v.to("cuda") for k, v in example_inputs(model.model.config).items()}
+        expected = run_logits(model.model, inputs)
+        before_bytes = torch.cuda.memory_allocated()
+        for layer_idx in range(residency.cache.num_layers):
+            assert residency.resize(layer_idx, 1)
+        assert torch.cuda.memory_allocated() < before_bytes
+        assert torch.equal(run_logits(model.model, inputs)[1], expected[1])

@@ -102,6 +102,11 @@ class Residency:
         return self._tier.bytes_copied
 
     @property
+    def copy_bytes_per_s(self) -> float:
+        """The measured rate of the links to the devices; 0 while it is not known."""
+        return self._tier.copy_bytes_per_s
+
+    @property
     def stall_s(self) -> float:
         """Time in which steps computed nothing because an expert was awaited."""
         with self._lock:

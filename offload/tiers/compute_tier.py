@@ -82,5 +82,9 @@ class ComputeTier(Protocol):
     def bytes_copied(self) -> int:
         """Bytes that were copied to a device of its own; none where the disk is read into the slots themselves."""
 
+    @property
+    def copy_bytes_per_s(self) -> float:
+        """What the links to the devices carry together, as measured of late; 0 while that is not known."""
+
     def close(self) -> None:
         """Stop transfers and free the memory."""

@@ -127,6 +127,11 @@ class CpuTier:
         """None: there is no other device."""
         return 0
 
+    @property
+    def copy_bytes_per_s(self) -> float:
+        """None likewise."""
+        return 0.0
+
     def close(self) -> None:
         """Fail what is being read, then free the slots."""
         self._reader.close()

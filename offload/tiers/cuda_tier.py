@@ -220,6 +220,12 @@ class CudaTier:
         return sum(copies.bytes_copied for copies in self._copies)
 
     @property
+    def copy_bytes_per_s(self) -> float:
+        """Of all links together; 0 while one of them is not known."""
+        s_per_byte = [queue.copy_s_per_byte for queue in self.queues]
+        return sum(1 / each for each in s_per_byte) if all(s_per_byte) else 0.0
+
+    @property
     def host(self) -> HostTier:
         """The tier below."""
         return self._host
