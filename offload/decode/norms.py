@@ -14,11 +14,11 @@ from moe_offload.quant.step_weights import Norm
 _MAX_NUMEL = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PROBE_ROWS = 8
-# Sums in another order differ in the last bit of fp32, and so may a few results once they are rounded.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # Whether it is rounded before the weight, and what is added to the weight: Llama, OLMoE, Gemma and Qwen3-Next.
 _Reading = tuple[bool, float]
 _READINGS: tuple[_Reading, ...] = ((True, 0.0), (False, 0.0), (False, 1.0))
+# Sums in another order differ in the last bit of fp32, and so may a few results once they are rounded.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 _MOST_DIFFERENT = {torch.float32: 1.0, torch.bfloat16: 0.01, torch.float16: 0.05}
 
 

@@ -19,9 +19,8 @@ inline void linear_nf3_rows(const PackedWeight&, const PreparedInput&, int64_t r
 #include "mamba.inl"
 
 inline const StepKernels& step_kernels() {
-    static const StepKernels kernels = {raw_rows, rms_norm,   attend,     add_rows,  attend_latents,
-                                        convolve, delta_rule, apply_gate, gated_norm,
-                                        mamba_rule, apply_silu};
+    static const StepKernels kernels = {raw_rows,   rms_norm,   attend,     add_rows,   attend_latents, convolve,
+                                        delta_rule, apply_gate, gated_norm, mamba_rule, apply_silu};
     return kernels;
 }
 

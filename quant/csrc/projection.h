@@ -20,8 +20,8 @@ struct Projection {
     int32_t bias_dtype;
 };
 
-// x / rms(x) * (weight + offset) over rows of `width`. `rounds_first`: to the dtype of x before the weight, as Llama does, and not
-// only after it.
+// x / rms(x) * (weight + offset) over rows of `width`. `rounds_first`: to the dtype of x before the weight, as Llama
+// does, and not only after it.
 struct RmsNorm {
     const void* weight;  // null: no norm
     int64_t width;

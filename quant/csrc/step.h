@@ -7,8 +7,8 @@
 #include "mamba.h"
 #include "projection.h"
 
-// One attention module. Where it is gated, `query` gives each head's query and then its gate, on whose sigmoid the head's
-// result is multiplied. Keys and values of a head lie one after the other, [num_kv_heads, capacity, head_dim].
+// One attention module. Where it is gated, `query` gives each head's query and then its gate, whose sigmoid is a factor of
+// the head's result. Keys and values of a head lie one after the other, [num_kv_heads, capacity, head_dim].
 struct Attention {
     Projection query, key, value, output;
     RmsNorm query_norm, key_norm;
