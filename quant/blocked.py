@@ -16,8 +16,6 @@ from moe_offload.quant.tiles import row_tiles
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Up to so many rows of x, a product straight from codes beats dequantising first; fp32 has no matrix units to lose.
 FEW_ROWS = {torch.bfloat16: 24, torch.float16: 64, torch.float32: 64}
-# Codes of a byte come faster row by row, as they lie in memory, than in the blocks of the kernels' own product.
-_BY_TILES = (kernels.CODES["int8"], kernels.CODES["e4m3"])
 # Plain torch holds several intermediates for each weight of a tile.
 _REFERENCE_TILE_WEIGHTS = 1 << 18
 
@@ -43,11 +41,6 @@ class BlockedFormat(ABC):
     @abstractmethod
     def code(self) -> int:
         """The kernels' number for the code."""
-
-    @property
-    def multiplies_many(self) -> bool:
-        """Whether kernels that multiply many rows themselves are the better way for this code."""
-        return self.code not in _BY_TILES
 
     @abstractmethod
     def bits_per_weight(self) -> float: ...
@@ -109,7 +102,7 @@ class BlockedFormat(ABC):
         built = kernels.usable(x, packed) and x.dtype in _WEIGHT_DTYPES and out.dtype in _WEIGHT_DTYPES
         if built and x.shape[0] <= FEW_ROWS[x.dtype]:
             kernels.linear(x, packed, layout, self.code, out)
-        elif built and x.dtype == torch.bfloat16 and self.multiplies_many and kernels.multiplies_many(x):
+        elif built and x.dtype == torch.bfloat16 and kernels.multiplies_many(x):
             kernels.linear_many(x, packed, layout, self.code, out)
         elif built:
             self._linear_by_tiles(x, packed, layout, out)

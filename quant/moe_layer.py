@@ -53,7 +53,7 @@ class PackedMlp:
         )
         self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
         # torch takes weights that are held as they are without a detour
-        self._takes_many = all(isinstance(f, BlockedFormat) and f.multiplies_many for f, _, _ in (*up, down))
+        self._takes_many = all(isinstance(fmt, BlockedFormat) for fmt, _, _ in (*up, down))
         self.address = ctypes.addressof(self._struct)
 
     def compute_rows(self, activation: Activation, x: Tensor, x_rows: Tensor, out: Tensor, out_rows: Tensor) -> None:

@@ -157,7 +157,7 @@ def test_an_experts_rows_do_not_depend_on_one_another():
         assert torch.equal(out[some], expected[some])
 
 
-@pytest.mark.parametrize(("spec", "takes"), [("nf4", True), ("nf3", True), ("int8", False), ("bf16", False)])
+@pytest.mark.parametrize(("spec", "takes"), [("nf4", True), ("nf3", True), ("int8", True), ("bf16", False)])
 def test_which_experts_take_their_rows_at_once(spec, takes):
     expert = Expert(spec, Activation("sigmoid"), has_bias=False, num_pieces=1)
     x = torch.zeros(400, expert.hidden, dtype=torch.bfloat16)
