@@ -1,6 +1,7 @@
 """Experts shared out between two processes: the logits are those of one process, bit for bit."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def test_answers_that_nobody_waits_for_do_no_harm(two, mixtral):
 def test_what_fails_there_is_an_error_here_and_the_next_answer_is_right(two, mixtral, tmp_path):
     group, child = two
     damaged = tmp_path / "pack"
-    os.system(f"cp -r {mixtral} {damaged}")
+    shutil.copytree(mixtral, damaged)
     spec = read_manifest(damaged).layers[1].experts[3]
     path, good = damaged / spec.file, (damaged / spec.file).read_bytes()
     path.write_bytes(good[: spec.offset_bytes] + b"wrong" + good[spec.offset_bytes + 5 :])
