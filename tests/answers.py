@@ -21,5 +21,5 @@ def answer(model: OffloadedModel) -> torch.Tensor:
     token_ids = torch.randint(3, 120, (NEW_TOKENS,), generator=torch.Generator().manual_seed(2)).tolist()
     model._generator.replay(PROMPT, token_ids, lambda num_tokens: None)
     hook.remove()
-    assert len(rows) == NEW_TOKENS
-    return torch.stack(rows)
+    assert len(rows) >= NEW_TOKENS  # a prompt in pieces is several passes
+    return torch.stack(rows[-NEW_TOKENS:])

@@ -1,6 +1,7 @@
 """Slot kernels of the plain kind that can be recorded: the recorder sees one operation, as it would see a kernel."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ def _decode_layer(slab: Tensor, slots: Tensor, x: Tensor, weights: Tensor, resul
 @dataclass(frozen=True)
 class RecordedKernels(PlainKernels):
     name: str = field(default="recorded")
+    reads_slots: ClassVar[bool] = False
 
     def decode_layer(
         self, mlp: SlotMlp, slab: Tensor, slots: Tensor, x: Tensor, weights: Tensor, result: Tensor

@@ -13,7 +13,7 @@ from fake_cuda_model import Load, loading_on_fake_devices
 from fake_recorder import FakeRecorder
 from families import make_config
 from family_runs import save_random_model
-from recorded_kernels import recorded_kernels
+from recorded_kernels import RecordedKernels, recorded_kernels
 from transformers import BatchEncoding
 from transformers.cache_utils import StaticSlidingWindowLayer
 
@@ -153,6 +153,30 @@ def test_code_that_waits_for_the_device_is_not_recorded(pack: Path, load: Load):
     with pytest.warns(UserWarning, match="cannot be recorded"):
         assert torch.equal(answer(model), expected)
     assert forward_of(model).is_off
+
+
+def test_kernels_that_read_slots_on_the_host_stay_out_of_the_recording(
+    pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+):
+    budget = {"slots_bytes": 10 * 4096, "host_bytes": 30 * 4096, "prefetch": "off", "graphs": "auto"}
+    expected = answer(load(pack, **budget))
+    monkeypatch.setattr(RecordedKernels, "reads_slots", True)
+    model = load(pack, **budget)
+    assert torch.equal(answer(model), expected)
+    forward = forward_of(model)
+    assert not forward.is_off
+    assert forward.num_by_layers
+    assert not forward.num_whole
+
+
+def test_a_prompt_in_pieces_and_then_recorded_steps(pack: Path, load: Load):
+    model = load(pack, slots_bytes=1 << 30, host_bytes=0, prefetch="off", graphs="auto")
+    whole = answer(model)
+    model._generator._chunk_tokens = 4
+    pieces = answer(model)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+    assert torch.equal(answer(model), pieces)
+    assert not forward_of(model).is_off
 
 
 def test_lookahead_and_graphs_take_turns(pack: Path, load: Load):

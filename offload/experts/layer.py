@@ -225,7 +225,7 @@ class ExpertLayer:
                 self.num_experts,
                 *(hidden_states, top_k_index, top_k_weights),
                 eager=partial(self._routed, hidden_states, top_k_index, top_k_weights, expert_fn, parts),
-                on_slots=None if on_slots is None else on_slots.compute,
+                on_slots=None if on_slots is None or on_slots.kernels.reads_slots else on_slots.compute,
             )
         num_tokens, top_k = top_k_index.shape
         chunk_tokens = max(1, ROUTED_BUFFER_BYTES // max(1, top_k * hidden_states.shape[1] * 4))

@@ -1,6 +1,7 @@
 """Recording on a CUDA device: one CUDA graph a piece, all in one memory pool."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,7 @@ class CudaRecorder:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """On a stream of its own, which the pieces are not bound to: they are replayed on any."""
+        gc.collect()  # what is thrown away during a capture may do what a capture forbids
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:

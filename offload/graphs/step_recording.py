@@ -7,6 +7,7 @@ import torch
 
 from moe_offload.offload.graphs.recorder import Recorder, RecordingError, Replay
 from moe_offload.offload.graphs.routing_record import RoutingRecord
+from moe_offload.offload.graphs.slot_table import ABSENT
 
 OnSlots = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """``(x [T, H], slots int32 [T, K], weights fp32 [T, K], out [T, H])``: all of a layer's experts, from these slots."""
@@ -57,6 +58,9 @@ class StepRecording:
         self.pieces.append(self._recorder.end())
         replay = None
         if on_slots is not None:
+            # Kernels are compiled and loaded at their first launch, which must not be a recorded one. The slots that
+            # are to be used hold nothing yet.
+            on_slots(hidden_states, torch.full_like(slots, ABSENT), weights, out)
             self._recorder.begin()
             on_slots(hidden_states, slots, weights, out)
             replay = self._recorder.end()

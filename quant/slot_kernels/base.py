@@ -21,6 +21,10 @@ class SlotKernels(Protocol):
     def name(self) -> str:
         """What it is, in a word."""
 
+    @property
+    def reads_slots(self) -> bool:
+        """Whether the host reads slots, so that calls wait for the device and cannot be captured."""
+
     def decode_experts(self, mlp: SlotMlp, slab: Tensor, slots: Tensor, x: Tensor, outputs: Tensor) -> None:
         """A few rows: ``outputs`` fp32 ``[R, K, H]`` of ``x [R, in]`` by the experts in ``slots [R, K]``.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class PlainKernels:
     """Each pair on its own with the formats' own ``linear``; numbers of slots are read on the host."""
 
     name: str = "torch"
+    reads_slots: ClassVar[bool] = True
 
     def decode_experts(self, mlp: SlotMlp, slab: Tensor, slots: Tensor, x: Tensor, outputs: Tensor) -> None:
         for row, row_slots in enumerate(slots.tolist()):

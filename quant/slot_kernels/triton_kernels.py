@@ -23,6 +23,7 @@ class TritonKernels:
     """One device's. Calls come one after another: they share counters, so never from two streams at a time."""
 
     name = "triton"
+    reads_slots = False
 
     def __init__(self, device: torch.device) -> None:
         self._counters = [torch.zeros(1 << 15, dtype=torch.int32, device=device)]
