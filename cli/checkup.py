@@ -59,7 +59,11 @@ def sentences(checkup: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     rows += [
-        ("gpu", f"{gpu['name']}: {format_size(gpu['free_bytes'])} free of {format_size(gpu['total_bytes'])}")
+        (
+            "gpu",
+            f"{gpu['name']}: {format_size(gpu['free_bytes'])} free of {format_size(gpu['total_bytes'])}, "
+            f"kernels: {gpu['kernels']}",
+        )
         for gpu in checkup["gpus"]
     ]
     if checkup["host_to_device_bytes_per_s"] is not None:
@@ -98,6 +102,7 @@ def _gpu(index: int) -> dict[str, Any]:
     import torch
 
     from moe_offload.offload.planning.memory import vram_memory
+    from moe_offload.quant.slot_kernels.choice import device_kernels
 
     memory = vram_memory(index)
     assert memory is not None
@@ -105,6 +110,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(index),
         "total_bytes": memory.total_bytes,
         "free_bytes": memory.free_bytes,
+        "kernels": device_kernels(torch.device("cuda", index)),
     }
 
 

@@ -96,7 +96,7 @@ CHECKUP = {
     "versions": {"moe-offload": "1", "python": "3.12", "torch": "2", "transformers": "5", "bitsandbytes": None},
     "cpu": {"cores": 8, "threads": 4},
     "ram": {"total_bytes": 64 << 30, "free_bytes": 32 << 30, "read_bytes_per_s": 4.5e10},
-    "gpus": [{"name": "RTX 3060", "total_bytes": 12 << 30, "free_bytes": 11 << 30}],
+    "gpus": [{"name": "RTX 3060", "total_bytes": 12 << 30, "free_bytes": 11 << 30, "kernels": "Triton"}],
     "host_to_device_bytes_per_s": 2.5e10,
     "disk": {"folder": "/h", "free_bytes": 1 << 40, "read_bytes_per_s": 7e9, "read_bytes": 4 << 20, "direct": False},
     "kernels": "torch",
@@ -109,7 +109,7 @@ def test_what_doctor_says():
     assert said[1:4] == [
         "cpu: 8 cores, 4 threads compute",
         "ram: 32.0 GiB free of 64.0 GiB, read at 45.0 GB/s",
-        "gpu: RTX 3060: 11.0 GiB free of 12.0 GiB",
+        "gpu: RTX 3060: 11.0 GiB free of 12.0 GiB, kernels: Triton",
     ]
     assert said[4:6] == [
         "copy: RAM to GPU at 25.0 GB/s",

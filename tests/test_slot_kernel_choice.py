@@ -115,6 +115,7 @@ def test_bitsandbytes_on_a_gpu(spec: str) -> None:
 
 
 def test_a_cpu_has_plain_torch() -> None:
+    assert choice.device_kernels(torch.device("cpu")).startswith("bitsandbytes or plain torch (Triton's kernels need")
     chosen = slot_kernels(torch.device("cpu"), random_slab("nf4", num_slots=1).mlp)
     assert chosen.kernels.name == "torch"
     assert "the device is cpu" in chosen.reason

@@ -45,6 +45,12 @@ def slot_kernels(device: torch.device, mlp: SlotMlp) -> Choice:
     return Choice(PlainKernels(), f"plain torch: {obstacle}")
 
 
+def device_kernels(device: torch.device) -> str:
+    """What computes experts on ``device``, in a phrase for people."""
+    obstacle = triton_obstacle(device)
+    return "Triton" if obstacle is None else f"bitsandbytes or plain torch ({obstacle})"
+
+
 @cache
 def triton_obstacle(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run on ``device``; None if they can, as one that was tried did."""
