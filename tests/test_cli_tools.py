@@ -44,7 +44,11 @@ def test_pack_tells_where_the_pack_is(packed, tmp_path):
     result = CliRunner().invoke(cli, args)
     assert result.exit_code == 0, result.output
     assert packed.made == [
-        ("some/model", tmp_path / "out", {"format": "int8", "dense_format": "source", "revision": "main"})
+        (
+            "some/model",
+            tmp_path / "out",
+            {"format": "int8", "dense_format": "source", "revision": "main", "share": None},
+        )
     ]
     assert result.stdout == f"{tmp_path / 'out'}\n"
     assert "packing (2.0 MiB) ...\npacking: 2.0 MiB in " in result.stderr
@@ -59,7 +63,9 @@ def test_pack_keeps_the_libraries_quiet(packed):
 
 def test_pack_without_output_uses_the_cache_folder(packed, tmp_path):
     result = CliRunner().invoke(cli, ["pack", "some/model"])
-    assert packed.made == [("some/model", None, {"format": "auto", "dense_format": "source", "revision": None})]
+    assert packed.made == [
+        ("some/model", None, {"format": "auto", "dense_format": "source", "revision": None, "share": None})
+    ]
     assert result.stdout == f"{tmp_path / 'home'}\n"
 
 
