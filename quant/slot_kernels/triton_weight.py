@@ -36,7 +36,6 @@ SCALE_ROW = tl.constexpr(4)
 
 _RAW = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 _SCALES = {torch.float16: SCALE_FP16, torch.float32: SCALE_FP32, torch.uint8: SCALE_E8M0}
-_NF3_UNIT_BYTES = 24
 _LARGEST_UNIT = 64
 
 
@@ -53,7 +52,6 @@ class PackedWeight(NamedTuple):
     unit: int
     plane_width: int
     num_units: int
-    pads_rows: bool
     scale_kind: int
     scales_offset: int
     scales_per_row: int
@@ -91,21 +89,20 @@ def packed_weight(part: SlotPart) -> PackedWeight:
     assert isinstance(weight_format, FourBitFormat | Int8Format | Fp8Format | ThreeBitFormat | RawFormat)
     layout = weight_format.layout(part.shape)
     unit = plane_width = _unit(layout.block_cols)
-    scale_kind, pads_rows, units_per_scale = _SCALES[layout.scale_dtype], True, layout.block_cols // unit
+    scale_kind, units_per_scale = _SCALES[layout.scale_dtype], layout.block_cols // unit
     if isinstance(weight_format, FourBitFormat):
         kind, unit, units_per_scale = TABLE, weight_format.interleave, layout.block_cols // weight_format.interleave
         plane_width = unit // 2
     elif isinstance(weight_format, Int8Format):
         kind = INT8
     elif isinstance(weight_format, Fp8Format):
-        kind, pads_rows = E4M3, False
+        kind = E4M3
         if unit < 16:
             raise FormatError(f"{weight_format.spec}: blocks of {layout.block_cols} columns are no multiple of 16")
     elif isinstance(weight_format, ThreeBitFormat):
         kind, unit, plane_width, units_per_scale, scale_kind = NF3, 64, 8, 1, SCALE_ROW
     else:
-        kind, unit, scale_kind, pads_rows = _RAW[weight_format.spec], 64, SCALE_NONE, False
-        plane_width, units_per_scale = unit, 1
+        kind, unit, plane_width, units_per_scale, scale_kind = _RAW[weight_format.spec], 64, 64, 1, SCALE_NONE
     return PackedWeight(
         kind.value,
         part.offset_bytes,
@@ -117,7 +114,6 @@ def packed_weight(part: SlotPart) -> PackedWeight:
         unit,
         plane_width,
         -(-num_cols // unit),
-        pads_rows,
         scale_kind.value,
         part.offset_bytes + layout.scales_offset_bytes,
         layout.scale_shape[1],
