@@ -28,6 +28,7 @@ class _NoTier:
     """Slots without bytes: a tier, and the order of its kernels, that do nothing."""
 
     num_staging_slots = 0
+    lender = None
 
     def use(self, layer_idx: int, slot: int) -> None: ...
     def used(self, layer_idx: int, slot: int) -> None: ...

@@ -40,6 +40,7 @@ class Slots:
 
     num_staging_slots = 0
     bytes_read = bytes_copied = 0
+    lender = None
 
     def __init__(self, layout: PartLayout, slots: torch.Tensor) -> None:
         self._weights = [ExpertWeights(layout, slot) for slot in slots]
@@ -47,6 +48,9 @@ class Slots:
     def begin(self, layer_idx: int, expert_idx: int, slot: int, *, speculative: bool, done: Done) -> Transfer | None:
         """Nothing to wait for."""
         done(None)
+
+    def slab(self, layer_idx: int) -> None:
+        """The CPU computes."""
 
     def use(self, layer_idx: int, slot: int) -> ExpertWeights:
         """The expert in a slot."""
