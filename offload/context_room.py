@@ -132,7 +132,7 @@ class ContextRoom:
                 return [1] * len(needs)
             option = "--ram" if self._plan.device == "cpu" else "--vram"
             raise BudgetError(
-                f"the context has grown to {longest} tokens ({len(texts)} texts at once), "
+                f"the context has grown to {longest} tokens, "
                 f"{self._plan.context_tokens} were planned: it needs {format_size(excess_bytes)} more, of which all "
                 f"expert slots but one a layer give {format_size(room_bytes + excess_bytes - floor_bytes)}; load the "
                 f"model with --context {longest} and more {option}, or shorten the text",

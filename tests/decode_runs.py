@@ -35,7 +35,7 @@ def loaded_twice(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], t
     def get(pack: Path) -> tuple[Any, Any]:
         for mode in ("fused", "eager"):
             monkeypatch.setenv("MOE_OFFLOAD_DENSE", mode)
-            opened.append(load_smallest(pack))
+            opened.append(load_smallest(pack, context_tokens=512))
         return opened[-2].model, opened[-1].model
 
     yield get
