@@ -46,6 +46,7 @@ class FakePlan:
     device: str = "cpu"
     resident_share: float = 0.4
     host_share: float = 0.0
+    parts: tuple[Any, ...] = ()
 
     def render(self) -> str:
         return "RAM   expert slots  3.0 MiB\nslots 2 of 5 per layer"
