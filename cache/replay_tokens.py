@@ -37,7 +37,7 @@ def put_together(trace: RoutingTrace, num_experts: npt.NDArray[np.int32], counti
     def spread(values: list[Any], dtype: Any) -> Any:
         return np.repeat(np.array(values, dtype), [len(block.sizes) for block in blocks])
 
-    token = joined("first_token", np.int64)
+    token, weights = joined("first_token", np.int64), joined("weights", np.float32)
     num_prefill = 0 if trace.phase is None else int((trace.phase == _PREFILL).sum())
     token_ids = None
     if trace.token_ids is not None:
@@ -50,7 +50,7 @@ def put_together(trace: RoutingTrace, num_experts: npt.NDArray[np.int32], counti
         token,
         offsets(joined("sizes", np.int64)),
         joined("expert_ids", np.int32),
-        None if trace.probs is None else as_fp16(joined("weights", np.float32)),
+        None if np.isnan(weights).all() else as_fp16(weights),
         token_ids,
         num_experts,
         trace.num_tokens - num_prefill,
@@ -71,7 +71,9 @@ def _blocks(trace: RoutingTrace, num_experts: int, counting: Counting) -> Iterat
         group = np.where(phase == _PREFILL, -1, np.arange(num_tokens))
     repeated = _repeated(trace.experts)
     experts = np.where(repeated, np.int16(-1), trace.experts) if repeated.any() else trace.experts
+    # Without weights, tokens together count by how many ask for an expert, and a token alone not at all.
     probs = np.broadcast_to(np.float16(1), experts.shape) if trace.probs is None else trace.probs
+    probs_alone = np.broadcast_to(np.float16(np.nan), experts.shape) if trace.probs is None else trace.probs
 
     changes = (np.diff(sequence) != 0) | (np.diff(phase) != 0)
     is_first = np.concatenate([[True], changes | (np.diff(group) != 0)])[:num_tokens]
@@ -84,8 +86,8 @@ def _blocks(trace: RoutingTrace, num_experts: int, counting: Counting) -> Iterat
             yield _new_sequence(begin)
         is_prefill = bool(phase[begin] == _PREFILL)
         kind = EventKind.ACQUIRE_IF_HOTTER if is_prefill and counting == "run" else EventKind.ACQUIRE
-        put = _one_by_one if is_one[begin] else _together
-        yield put(int(kind), is_prefill, begin, experts[begin:end], probs[begin:end], num_experts)
+        put, shares = (_one_by_one, probs_alone) if is_one[begin] else (_together, probs)
+        yield put(int(kind), is_prefill, begin, experts[begin:end], shares[begin:end], num_experts)
 
 
 def _new_sequence(token: int) -> _Block:

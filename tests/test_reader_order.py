@@ -71,7 +71,7 @@ def reader(pack, disk, gate):
 
 def order(pack, disk):
     """The experts in the order in which their chunks were asked for."""
-    starts = {expert.offset_bytes: i for i, expert in enumerate(pack[1].layers[0].experts)}
+    starts = {expert.offset_bytes: i for i, expert in pack[1].layers[0].experts.items()}
     return [
         next(i for start, i in starts.items() if start <= offset_bytes < start + SLOT_BYTES)
         for _, offset_bytes, _ in disk.log

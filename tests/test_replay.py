@@ -71,6 +71,9 @@ def replay_in_python(trace: RoutingTrace, **options: Any) -> ReplayResult:
 
 @pytest.mark.parametrize("policy", policy_names())
 @given(traces, st.integers(1, 8))
+@example(  # without weights, how many tokens of a prompt ask for an expert decides how much it counts
+    random_trace(2, num_tokens=16, num_layers=3, num_experts=6, top_k=3, prompt_tokens=2), 5
+)
 @settings(max_examples=60, deadline=None)
 def test_counts_are_those_of_a_running_cache(policy: str, trace: RoutingTrace, num_slots: int):
     num_slots = min(num_slots, int(trace.num_experts[0]))
