@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_said(model, args, status, message):
 
 def test_a_report_of_another_version_is_refused(here):
     values = json.loads(sample_report().to_json())
-    (here / "a.json").write_text(json.dumps(values | {"version": 2}))
+    (here / "a.json").write_text(json.dumps(values | {"version": 1}))
     result = invoke("--compare", "a.json", "a.json")
     assert result.exit_code == 1
-    assert "a.json: a profile report of version 2; this moe-offload reads version 1" in result.stderr
+    assert "a.json: a profile report of version 1; this moe-offload reads version 2" in result.stderr

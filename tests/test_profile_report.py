@@ -48,7 +48,7 @@ def change(values, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, "version 2; this moe-offload reads version 1"),
+        (["version"], 1, "version 1; this moe-offload reads version 2"),
         (["version"], True, "version True"),
         (["format"], "another", 'lacks "format"'),
         (["header"], ..., "lacks 'header'"),

@@ -24,7 +24,7 @@ from moe_offload.offload.profiling.sections import (
 )
 from moe_offload.offload.profiling.shapes import check_shapes
 
-FORMAT, VERSION = "moe-offload profile", 1
+FORMAT, VERSION = "moe-offload profile", 2
 _LARGEST_BYTES = 256 * 1024**2
 
 
