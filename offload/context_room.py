@@ -4,9 +4,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache
 
@@ -58,22 +59,37 @@ class ContextRoom:
         self._at_once_tokens = max(1, min(_AT_ONCE_TOKENS, plan.context_tokens // 8))
         self._cache_bytes = lru_cache(64)(self._cache_bytes_of)
         model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
-        model.register_forward_hook(self._after_pass, always_call=True)
+        model.forward = self._leaving(model.forward)
+
+    def _leaving(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward, after which its thread is in no pass: however it ends, and no hook sees an interrupt."""
+
+        @wraps(forward)
+        def leaving(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._in_pass.discard(threading.get_ident())
+
+        return leaving
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._lock:
             self._in_pass.add(threading.get_ident())
-            tokens = pass_tokens(args, kwargs)
-            if tokens is None or tokens.dim() < 2:
-                return
-            texts = self._texts(tokens.shape[0], tokens.shape[1], kwargs.get("past_key_values"))
-            if texts or self._behind or self._num_slots != list(self._plan.num_slots):
-                self._make_room(texts, tokens.shape[1])
-
-    def _after_pass(self, *_: Any) -> None:
-        self._in_pass.discard(threading.get_ident())
+            try:
+                self._look(pass_tokens(args, kwargs), kwargs.get("past_key_values"))
+            except BaseException:  # then no pass follows
+                self._in_pass.discard(threading.get_ident())
+                raise
 
     # -- the lock is held --
+
+    def _look(self, tokens: torch.Tensor | None, cache: Cache | None) -> None:
+        if tokens is None or tokens.dim() < 2:
+            return
+        texts = self._texts(tokens.shape[0], tokens.shape[1], cache)
+        if texts or self._behind or self._num_slots != list(self._plan.num_slots):
+            self._make_room(texts, tokens.shape[1])
 
     def _texts(self, batch_size: int, num_new: int, cache: Cache | None) -> list[tuple[int, int]]:
         """Size and tokens of each batch that is in memory; none where it is the one text that was planned."""

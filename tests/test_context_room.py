@@ -167,6 +167,23 @@ def test_slots_wait_for_other_threads(pack: Path, load: Load):
     assert slots_of(model) != planned
 
 
+def test_an_interrupted_pass_is_over_for_other_threads(pack: Path, load: Load):
+    model = load(pack, "cpu", slots=15)
+    planned = slots_of(model)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    handle.remove()
+    thread = threading.Thread(target=run, args=(model, LONG_TOKENS))
+    thread.start()
+    thread.join(60)
+    assert slots_of(model) != planned
+
+
 def test_a_cache_of_fixed_size_takes_nothing(pack: Path, load: Load):
     model = load(pack, "cpu", slots=15)
     planned = slots_of(model)
