@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.quant.kernels import DTYPES
+from moe_offload.quant.recurrent_step import RecurrentStep
 from moe_offload.quant.step_weights import (
     ConvolutionStructure,
     Norm,
@@ -14,14 +15,11 @@ from moe_offload.quant.step_weights import (
     PackedProjection,
     ProjectionStructure,
     RawWeight,
-    check,
     convolution_structure,
-    entry,
     norm_structure,
     projection_structure,
     vector,
 )
-from moe_offload.quant.threads import num_threads
 
 
 class _DeltaNet(ctypes.Structure):
@@ -33,17 +31,6 @@ class _DeltaNet(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_key_heads", "num_value_heads", "key_dim", "value_dim")),
         *((name, ctypes.c_int32) for name in ("decay_bias_dtype", "decay_log_dtype", "is_grouped", "dtype")),
     )
-
-
-_ARGUMENTS = (
-    ctypes.c_int,  # instruction set
-    ctypes.c_void_p,  # net
-    ctypes.c_void_p,  # x
-    ctypes.c_void_p,  # past
-    ctypes.c_void_p,  # state
-    ctypes.c_void_p,  # out
-    ctypes.c_int,  # threads
-)
 
 
 @dataclass(frozen=True)
@@ -70,29 +57,20 @@ class DeltaNetWeights:
     value_dim: int
 
 
-class DeltaNetCall:
-    """One token through a gated delta net, from hidden states to hidden states."""
+class DeltaNetCall(RecurrentStep):
+    """One token through a gated delta net; its state is ``[1, value heads, key_dim, value_dim]``."""
+
+    name = "moe_offload_delta_net"
 
     def __init__(self, weights: DeltaNetWeights, dtype: torch.dtype) -> None:
         self._weights = w = weights  # keeps the memory
         bias, bias_dtype = vector(w.decay_bias)
         log, log_dtype = vector(w.decay_log)
-        self._structure = _DeltaNet(
+        structure = _DeltaNet(
             *(projection_structure(p) for p in (w.mixed, w.gate, w.beta, w.decay, w.output)),
             norm_structure(w.norm),
             *(convolution_structure(w.convolution), bias, log),
             *(w.num_key_heads, w.num_value_heads, w.key_dim, w.value_dim),
             *(bias_dtype, log_dtype, w.gate is None, DTYPES[dtype]),
         )
-        self._address = ctypes.addressof(self._structure)
-
-    def __call__(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:
-        """``x [1, 1, hidden]``; ``past`` [1, channels, kernel_size] and ``state`` [1, value heads, key_dim, value_dim].
-
-        Both are brought up to date. All contiguous and of one dtype, but for the state, which is in fp32.
-        """
-        function, isa = entry("moe_offload_delta_net", _ARGUMENTS)
-        out = torch.empty_like(x)
-        addresses = (tensor.data_ptr() for tensor in (x, past, state, out))
-        check(function(isa, self._address, *addresses, num_threads()))
-        return out
+        super().__init__(structure)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_offload.quant.kernels import DTYPES
+from moe_offload.quant.recurrent_step import RecurrentStep
 from moe_offload.quant.step_weights import (
     ConvolutionStructure,
     Norm,
@@ -14,14 +15,11 @@ from moe_offload.quant.step_weights import (
     PackedProjection,
     ProjectionStructure,
     RawWeight,
-    check,
     convolution_structure,
-    entry,
     norm_structure,
     projection_structure,
     vector,
 )
-from moe_offload.quant.threads import num_threads
 
 
 class _Mamba(ctypes.Structure):
@@ -34,17 +32,6 @@ class _Mamba(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_heads", "head_dim", "num_groups", "state_size")),
         *((name, ctypes.c_int32) for name in ("step_bias_dtype", "decay_log_dtype", "skip_dtype", "dtype")),
     )
-
-
-_ARGUMENTS = (
-    ctypes.c_int,  # instruction set
-    ctypes.c_void_p,  # mamba
-    ctypes.c_void_p,  # x
-    ctypes.c_void_p,  # past
-    ctypes.c_void_p,  # state
-    ctypes.c_void_p,  # out
-    ctypes.c_int,  # threads
-)
 
 
 @dataclass(frozen=True)
@@ -70,15 +57,17 @@ class MambaWeights:
     state_size: int
 
 
-class MambaCall:
-    """One token through a Mamba 2 layer, from hidden states to hidden states."""
+class MambaCall(RecurrentStep):
+    """One token through a Mamba 2 layer; its state is ``[1, heads, head_dim, state_size]``."""
+
+    name = "moe_offload_mamba"
 
     def __init__(self, weights: MambaWeights, dtype: torch.dtype) -> None:
         self._weights = w = weights  # keeps the memory
         norm = norm_structure(w.norm)
         norm.width = w.num_heads * w.head_dim // w.num_groups
         vectors = [vector(tensor) for tensor in (w.step_bias, w.decay_log, w.skip)]
-        self._structure = _Mamba(
+        structure = _Mamba(
             *(projection_structure(p) for p in (w.input, w.output)),
             norm,
             convolution_structure(w.convolution, w.convolution_bias),
@@ -87,15 +76,4 @@ class MambaCall:
             *(vector_dtype for _, vector_dtype in vectors),
             DTYPES[dtype],
         )
-        self._address = ctypes.addressof(self._structure)
-
-    def __call__(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:
-        """``x [1, 1, hidden]``; ``past`` [1, channels, kernel_size] and ``state`` [1, heads, head_dim, state_size].
-
-        Both are brought up to date. All contiguous and of one dtype, but for the state, which is in fp32.
-        """
-        function, isa = entry("moe_offload_mamba", _ARGUMENTS)
-        out = torch.empty_like(x)
-        addresses = (tensor.data_ptr() for tensor in (x, past, state, out))
-        check(function(isa, self._address, *addresses, num_threads()))
-        return out
+        super().__init__(structure)

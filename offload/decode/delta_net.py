@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from moe_offload.offload.decode.attention_forward import kind_of
 from moe_offload.offload.decode.linears import compute_dtype, projection_of
-from moe_offload.offload.decode.recurrent_forward import RecurrentForward, StateShapes, agrees
+from moe_offload.offload.decode.recurrent_forward import RecurrentForward, StateShapes, fuse_recurrent
 from moe_offload.quant.delta_net import DeltaNetCall, DeltaNetWeights
 from moe_offload.quant.step_weights import Norm
 
@@ -21,20 +20,16 @@ class FusedDeltaNet(RecurrentForward):
 
 def fuse_delta_nets(model: Any) -> None:
     """Give gated delta nets a `FusedDeltaNet` where the kernel was seen to compute the same."""
-    known: dict[Any, bool] = {}
-    for module in model.modules():
-        weights = _weights(module)
-        if weights is None:
-            continue
-        dtype = compute_dtype(module.out_proj)
-        call = DeltaNetCall(weights, dtype)
-        past, state = (1, *weights.convolution.shape), (1, weights.num_value_heads, weights.key_dim, weights.value_dim)
-        shapes = StateShapes(torch.Size(past), torch.Size(state), dtype)
-        kind = kind_of(module)
-        if kind not in known:
-            known[kind] = agrees(module, call, shapes, model.config)
-        if known[kind]:
-            FusedDeltaNet(module, (*_GROUPED, *_SEPARATE, *_OTHERS), call, shapes)
+    fuse_recurrent(model, _prepare, FusedDeltaNet, (*_GROUPED, *_SEPARATE, *_OTHERS))
+
+
+def _prepare(module: Any) -> tuple[DeltaNetCall, StateShapes] | None:
+    weights = _weights(module)
+    if weights is None:
+        return None
+    dtype = compute_dtype(module.out_proj)
+    state = torch.Size((1, weights.num_value_heads, weights.key_dim, weights.value_dim))
+    return DeltaNetCall(weights, dtype), StateShapes(torch.Size((1, *weights.convolution.shape)), state, dtype)
 
 
 def _weights(module: Any) -> DeltaNetWeights | None:

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from moe_offload.offload.decode.attention_forward import kind_of
 from moe_offload.offload.decode.linears import compute_dtype, projection_of
-from moe_offload.offload.decode.recurrent_forward import RecurrentForward, StateShapes, agrees
+from moe_offload.offload.decode.recurrent_forward import RecurrentForward, StateShapes, fuse_recurrent
 from moe_offload.quant.mamba_step import MambaCall, MambaWeights
 from moe_offload.quant.step_weights import Norm
 
@@ -20,20 +19,16 @@ class FusedMamba(RecurrentForward):
 
 def fuse_mambas(model: Any) -> None:
     """Give Mamba 2 layers a `FusedMamba` where the kernel was seen to compute the same."""
-    known: dict[Any, bool] = {}
-    for module in model.modules():
-        weights = _weights(module)
-        if weights is None:
-            continue
-        dtype = compute_dtype(module.out_proj)
-        call = MambaCall(weights, dtype)
-        past, state = (1, *weights.convolution.shape), (1, weights.num_heads, weights.head_dim, weights.state_size)
-        shapes = StateShapes(torch.Size(past), torch.Size(state), dtype)
-        kind = kind_of(module)
-        if kind not in known:
-            known[kind] = agrees(module, call, shapes, model.config)
-        if known[kind]:
-            FusedMamba(module, _NAMES, call, shapes)
+    fuse_recurrent(model, _prepare, FusedMamba, _NAMES)
+
+
+def _prepare(module: Any) -> tuple[MambaCall, StateShapes] | None:
+    weights = _weights(module)
+    if weights is None:
+        return None
+    dtype = compute_dtype(module.out_proj)
+    state = torch.Size((1, weights.num_heads, weights.head_dim, weights.state_size))
+    return MambaCall(weights, dtype), StateShapes(torch.Size((1, *weights.convolution.shape)), state, dtype)
 
 
 def _weights(module: Any) -> MambaWeights | None:

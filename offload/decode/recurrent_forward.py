@@ -1,22 +1,18 @@
 """What the fast forwards of layers with a state in the cache share: when one may run, and how they are tried."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
-from moe_offload.offload.decode.attention_forward import ModuleStep
+from moe_offload.offload.decode.attention_forward import ModuleStep, kind_of
 from moe_offload.offload.decode.attention_probe import distance
+from moe_offload.quant.recurrent_step import RecurrentStep
 
 # How far results may be apart, relative to their norm.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-class RecurrentCall(Protocol):
-    """One token: hidden states, the convolution's last tokens and the state; both of these are brought up to date."""
-
-    def __call__(self, x: torch.Tensor, past: torch.Tensor, state: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class StateShapes:
 class RecurrentForward(ModuleStep):
     """The forward of a layer with children ``names`` that keeps a state in the cache."""
 
-    def __init__(self, module: Any, names: tuple[str, ...], call: RecurrentCall, shapes: StateShapes) -> None:
+    def __init__(self, module: Any, names: tuple[str, ...], call: RecurrentStep, shapes: StateShapes) -> None:
         super().__init__(module, names, module.hidden_size, shapes.dtype)
         self._call, self._shapes = call, shapes
 
@@ -47,6 +43,25 @@ class RecurrentForward(ModuleStep):
             if layer is not None:
                 return self._call(hidden_states, layer.conv_states[0], layer.recurrent_states[0])
         return self._eager(hidden_states, *args, **kwargs)
+
+
+def fuse_recurrent(
+    model: Any,
+    prepare: Callable[[Any], tuple[RecurrentStep, StateShapes] | None],
+    forward: type[RecurrentForward],
+    names: Iterable[str],
+) -> None:
+    """Give modules that ``prepare`` knows a ``forward`` where the kernel was seen to compute the same."""
+    known: dict[Any, bool] = {}
+    for module in model.modules():
+        prepared = prepare(module)
+        if prepared is None:
+            continue
+        kind = kind_of(module)
+        if kind not in known:
+            known[kind] = _agrees(module, *prepared, model.config)
+        if known[kind]:
+            forward(module, tuple(names), *prepared)
 
 
 def _layer_of(cache: Any, layer_idx: int, shapes: StateShapes) -> LinearAttentionLayer | None:
@@ -65,7 +80,7 @@ def _layer_of(cache: Any, layer_idx: int, shapes: StateShapes) -> LinearAttentio
 
 
 @torch.no_grad()
-def agrees(module: Any, call: RecurrentCall, shapes: StateShapes, config: Any) -> bool:
+def _agrees(module: Any, call: RecurrentStep, shapes: StateShapes, config: Any) -> bool:
     """Whether both give the same for a random token after random states, and leave the same states."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(1, 1, module.hidden_size, generator=generator).to(shapes.dtype)
