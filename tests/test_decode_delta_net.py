@@ -2,8 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import decode_runs
@@ -28,14 +27,7 @@ close = partial(decode_runs.close, tolerance=1e-3)
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = pack_of(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return get
+    return cache(lambda family: pack_of(family, tmp_path_factory.mktemp(family)))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,15 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Rotary]] = {
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            family, overrides, _ = CASES[name]
-            made[name] = pack_of(family, tmp_path_factory.mktemp(name), **overrides)
-        return made[name]
-
-    return get
+    return cache(lambda name: pack_of(CASES[name][0], tmp_path_factory.mktemp(name), **CASES[name][1]))
 
 
 @pytest.fixture

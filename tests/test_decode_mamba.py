@@ -1,7 +1,7 @@
 """Fused decode steps of models with Mamba 2 layers against their own forwards."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,14 +29,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family][0])
-        return made[family]
-
-    return get
+    return cache(lambda family: pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family][0]))
 
 
 @pytest.fixture

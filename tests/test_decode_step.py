@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
@@ -34,14 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family])
-        return made[family]
-
-    return get
+    return cache(lambda family: pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family]))
 
 
 @pytest.fixture
