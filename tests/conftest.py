@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 # Before transformers is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,3 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def faulty_disk_class() -> type[FaultyDisk]:
     """A disk that reads real files and does wrong what it is told to."""
     return FaultyDisk
+
+
+@pytest.fixture
+def both(packs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One of the module's ``packs`` loaded twice, for tests of decode steps: fused, and eager."""
+    from decode_runs import loaded_twice
+
+    with loaded_twice(monkeypatch) as load:
+        yield lambda name: load(packs(name))

@@ -1,14 +1,13 @@
 """Fused decode steps of models with gated delta nets, and gated attention, against their own forwards."""
 
 import copy
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
 import decode_runs
 import pytest
 import torch
-from decode_runs import DECODE_STEPS, PROMPT_TOKENS, counted_calls, decode, fused, loaded_twice, pack_of, step
+from decode_runs import DECODE_STEPS, PROMPT_TOKENS, counted_calls, decode, fused, pack_of, step
 from family_runs import load_smallest
 from transformers import DynamicCache
 
@@ -28,13 +27,6 @@ close = partial(decode_runs.close, tolerance=1e-3)
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda family: pack_of(family, tmp_path_factory.mktemp(family)))
-
-
-@pytest.fixture
-def both(packs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The same model twice: fused, and eager."""
-    with loaded_twice(monkeypatch) as load:
-        yield lambda family: load(packs(family))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Fused decode steps of models with multi-head latent attention against their own forwards."""
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -41,13 +40,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Rotary]] = {
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda name: pack_of(CASES[name][0], tmp_path_factory.mktemp(name), **CASES[name][1]))
-
-
-@pytest.fixture
-def both(packs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The same model twice: fused, and eager."""
-    with loaded_twice(monkeypatch) as load:
-        yield lambda name: load(packs(name))
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Fused decode steps of models with Mamba 2 layers against their own forwards."""
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from decode_runs import DECODE_STEPS, PROMPT_TOKENS, close, counted_calls, decode, fused, loaded_twice, pack_of
+from decode_runs import DECODE_STEPS, PROMPT_TOKENS, close, counted_calls, decode, fused, pack_of
 from family_runs import load_smallest
 
 from moe_offload.offload.decode.mamba import FusedMamba
@@ -30,13 +29,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda family: pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family][0]))
-
-
-@pytest.fixture
-def both(packs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The same model twice: fused, and eager."""
-    with loaded_twice(monkeypatch) as load:
-        yield lambda family: load(packs(family))
 
 
 @pytest.fixture

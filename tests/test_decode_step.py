@@ -1,13 +1,12 @@
 """The fused decode step of whole models against their own forwards, and when it stays out of the way."""
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from decode_runs import DECODE_STEPS, PROMPT_TOKENS, close, counted_calls, decode, fused, loaded_twice, pack_of, step
+from decode_runs import DECODE_STEPS, PROMPT_TOKENS, close, counted_calls, decode, fused, pack_of, step
 from family_runs import load_smallest
 from transformers import DynamicCache, StaticCache
 
@@ -35,13 +34,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def packs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return cache(lambda family: pack_of(family, tmp_path_factory.mktemp(family), **FAMILIES[family]))
-
-
-@pytest.fixture
-def both(packs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The same model twice: fused, and eager."""
-    with loaded_twice(monkeypatch) as load:
-        yield lambda family: load(packs(family))
 
 
 @pytest.fixture
