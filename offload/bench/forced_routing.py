@@ -32,15 +32,15 @@ class ForcedRouting:
         self._weights = None if routing.probs is None else torch.from_numpy(routing.probs).to(device)
         self._here = torch.zeros(1, dtype=torch.int64, device=device)
         self._guesses = _guesses(routing.experts, num_experts, recall, seed)
-        self._token, self._layer_idx = -1, 0
+        self._token = -1
         model.register_forward_pre_hook(self._next_token, with_kwargs=True)
         for layer_idx, name in enumerate(modules):
             model.get_submodule(name).register_forward_pre_hook(self._forced(layer_idx))
 
-    def guess(self, layer_idx: int) -> list[int]:
-        """The experts that lookahead is to name for a layer that is still to come."""
-        ahead = min(max(1, layer_idx - self._layer_idx), _DEEPEST)
-        guess: list[int] = self._guesses[ahead - 1, self._token, layer_idx].tolist()
+    def guess(self, layer_idx: int, target_idx: int) -> list[int]:
+        """The experts that lookahead is to name at a layer for one that is still to come."""
+        ahead = min(target_idx - layer_idx, _DEEPEST)
+        guess: list[int] = self._guesses[ahead - 1, self._token, target_idx].tolist()
         return guess
 
     def _next_token(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -54,7 +54,6 @@ class ForcedRouting:
             hidden_states, index, weights = _arguments(module, args)
             if index.shape[0] != 1:
                 return None
-            self._layer_idx = layer_idx
             forced = self._index[:, layer_idx].index_select(0, self._here)
             if self._weights is not None:
                 given = self._weights[:, layer_idx].index_select(0, self._here)

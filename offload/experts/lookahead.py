@@ -8,9 +8,8 @@ a router that no norm feeds takes the residual itself.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,16 +45,15 @@ class _RouterSite:
     constants: tuple[torch.Tensor | None, ...] = ()  # what the router takes besides the hidden states
     takes_rows: bool = True  # the router's input is [T, H]; else [B, S, H]
 
-    guess: Callable[[], Sequence[int]] | None = None  # what is said in its place
+    def device(self, otherwise: torch.device) -> torch.device:
+        """Where the router is."""
+        weight = next(self.router.parameters(), None)
+        return otherwise if weight is None else weight.device
 
     def predict(self, residual: torch.Tensor) -> torch.Tensor | None:
         """The experts ``[T, K]`` that this router would choose for another layer's residual ``[B, S, H]``."""
-        index = self._ask(residual)
-        return index if index is None or self.guess is None else torch.tensor([self.guess()])
-
-    def _ask(self, residual: torch.Tensor) -> torch.Tensor | None:
         # Of another layer, which may be on another GPU.
-        residual = residual.to(next(self.router.parameters(), residual).device, non_blocking=True)
+        residual = residual.to(self.device(residual.device), non_blocking=True)
         normed = residual if self.norm is None else self.norm.forward(residual)
         if self.takes_rows:
             normed = normed.reshape(-1, residual.shape[-1])
@@ -69,6 +67,10 @@ class _RouterSite:
             if value.shape[-1] == self.num_experts:
                 return value.reshape(-1, self.num_experts).topk(self.top_k).indices
         return None
+
+
+Prediction = tuple[int, torch.Tensor]
+"""A later layer, and the experts ``[T, K]`` that its router chose ahead of time, best first."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Pass(threading.local):
     def __init__(self) -> None:
         self.depth = 0
         self.residuals: dict[int, torch.Tensor] = {}  # layer_idx -> what its router's norm was given
+        self.fetched: dict[int, list[Prediction]] = {}  # layer_idx -> what was predicted there, and is on the host
         self.predicted: dict[int, set[int]] = {}
 
 
@@ -109,6 +112,7 @@ class Lookahead:
         self._pass = _Pass()
         self._lock = threading.Lock()
         self._counts = LookaheadCounts()
+        self._guess: Callable[[int, int], Sequence[int]] | None = None
         self._sites: dict[int, _RouterSite] = {}
         for layer_idx, name in enumerate(modules):
             router = find_router(model, name)
@@ -139,13 +143,12 @@ class Lookahead:
         """Layers whose router can be asked ahead of time (known after the first forward pass)."""
         return sum(site.is_known for site in self._sites.values())
 
-    def replace_guesses(self, guess: Callable[[int], Sequence[int]]) -> None:
-        """Let ``guess(layer_idx)`` name what a layer's router is taken to choose; the router is still asked.
+    def replace_guesses(self, guess: Callable[[int, int], Sequence[int]]) -> None:
+        """Let ``guess(layer_idx, target_idx)`` name what a router is taken to choose; the router is still asked.
 
         For benchmarks that force the routing, of which the routers know nothing.
         """
-        for layer_idx, site in self._sites.items():
-            site.guess = partial(guess, layer_idx)
+        self._guess = guess
 
     # -- the first forward pass --
 
@@ -189,31 +192,52 @@ class Lookahead:
 
     # -- every decode step --
 
-    @torch.no_grad()
+    def ask(self, layer_idx: int, *, here_only: bool = False) -> Iterator[Prediction]:
+        """What later layers' routers choose for this layer's residual, once a layer and pass; nobody waits for it.
+
+        ``here_only``: none of those that are on another device.
+        """
+        residual = self._pass.residuals.pop(layer_idx, None)
+        if residual is None:
+            return
+        for target_idx in range(layer_idx + 1, layer_idx + 1 + self._pass.depth):
+            target = self._sites.get(target_idx)
+            if target is None or not target.is_known:
+                continue
+            if here_only and target.device(residual.device) != residual.device:
+                continue
+            with torch.no_grad():
+                index = target.predict(residual)
+            if index is not None:
+                yield target_idx, index
+
+    def fetched(self, layer_idx: int, predictions: Sequence[Prediction]) -> None:
+        """What `ask` gave, or a recording of it, has come to the host: the next `after_routing` goes by it."""
+        self._pass.fetched[layer_idx] = list(predictions)
+
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Compare with what was predicted for this layer, then predict and prefetch for the next ones."""
         here = self._pass
         predicted = here.predicted.pop(layer_idx, None)
-        residual = here.residuals.pop(layer_idx, None)
         if predicted is not None:
             self._residency.cancel_prefetches(layer_idx, expert_ids)
             self._count(predicted, expert_ids)
-        if residual is None:
-            return
-        for target_idx in range(layer_idx + 1, layer_idx + 1 + here.depth):
-            target = self._sites.get(target_idx)
-            if target is None or not target.is_known:
-                continue
-            index = target.predict(residual)
-            if index is None:
-                continue
-            chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < target.num_experts]
-            if target_idx in here.predicted:  # from further away: this layer's residual knows better
-                self._residency.cancel_prefetches(target_idx, chosen)
-            here.predicted[target_idx] = set(chosen)
-            if (observer := self._residency.observer) is not None:
-                observer.predicted(layer_idx, target_idx, chosen, index)
-            self._residency.prefetch(target_idx, chosen)
+        fetched = here.fetched.pop(layer_idx, None)
+        for target_idx, index in self.ask(layer_idx) if fetched is None else fetched:
+            self._prefetch(layer_idx, target_idx, index)
+
+    def _prefetch(self, layer_idx: int, target_idx: int, index: torch.Tensor) -> None:
+        if self._guess is not None:
+            index = torch.tensor([self._guess(layer_idx, target_idx)])
+        num_experts = self._sites[target_idx].num_experts
+        chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < num_experts]
+        predicted = self._pass.predicted
+        if target_idx in predicted:  # from further away: this layer's residual knows better
+            self._residency.cancel_prefetches(target_idx, chosen)
+        predicted[target_idx] = set(chosen)
+        if (observer := self._residency.observer) is not None:
+            observer.predicted(layer_idx, target_idx, chosen, index)
+        self._residency.prefetch(target_idx, chosen)
 
     def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Let the disk go on with the next layer when it is done with this one, while this one is computed."""
