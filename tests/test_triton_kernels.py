@@ -18,6 +18,10 @@ from moe_offload.quant.slot_kernels import SlotKernels, SlotMlp
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+from mended_interpreter import mend_interpreter
+
 from moe_offload.quant.slot_kernels import triton_shapes
 from moe_offload.quant.slot_kernels.triton_kernels import TritonKernels
 
@@ -32,6 +36,7 @@ ACTIVATIONS = [
     GPT_OSS,
 ]
 on_gpu = pytest.mark.gpu
+mend_interpreter()
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=on_gpu)])
@@ -160,10 +165,37 @@ def test_slabs_beyond_two_gigabytes(kernels: SlotKernels, device: torch.device) 
     assert_near(outputs[0, 0].cpu(), slab.reference(0, x[0]), 1e-5)
 
 
+@triton.jit
+def _product_in_bf16(a, b, product, rounded):
+    index = tl.arange(0, 16)
+    place = index[:, None] * 16 + index[None, :]
+    total = tl.dot(tl.load(a + place), tl.trans(tl.load(b + place)), tl.zeros([16, 16], dtype=tl.float32))
+    tl.store(product + place, total)
+    tl.store(rounded + place, total.to(tl.bfloat16))
+
+
+def test_matrices_of_bf16_are_multiplied_as_numbers(device: torch.device) -> None:
+    a, b = (torch.randn(16, 16, device=device).bfloat16() for _ in range(2))
+    a[0, 0], a[1, 0] = math.inf, math.nan
+    product, rounded = torch.empty(16, 16, device=device), torch.empty_like(a)
+    _product_in_bf16[(1,)](a, b, product, rounded)
+    torch.testing.assert_close(product, a.float() @ b.float().T, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(rounded, product.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 1.5e-2)], ids=str)
 @pytest.mark.parametrize("spec", FORMATS)
-def test_many_rows_in_every_format(kernels: SlotKernels, device: torch.device, spec: str) -> None:
+def test_many_rows_in_every_format(
+    kernels: SlotKernels, device: torch.device, spec: str, dtype: torch.dtype, tolerance: float
+) -> None:
     slab = random_slab(spec, hidden=70, inner=21, activation=GPT_OSS, bias="bf16")
-    assert_groups(kernels, slab, torch.randn(5, 70).half(), device, 5e-3)
+    assert_groups(kernels, slab, torch.randn(5, 70).to(dtype), device, tolerance)
+
+
+@pytest.mark.parametrize("spec", BLOCKED_FORMATS)
+def test_many_rows_in_formats_of_checkpoints(kernels: SlotKernels, device: torch.device, spec: str) -> None:
+    slab = random_slab(spec, hidden=128, inner=128, num_slots=3)
+    assert_groups(kernels, slab, torch.randn(5, 128).bfloat16(), device, 1.5e-2)
 
 
 @pytest.mark.parametrize("activation", [SILU, Activation("relu", "none")], ids=str)
