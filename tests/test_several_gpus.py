@@ -20,6 +20,7 @@ from moe_offload.offload.checkpoint.transformers_loading import auto_class
 from moe_offload.offload.device_boundaries import DeviceBoundaries
 from moe_offload.offload.experts.containers import find_expert_containers
 from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.planning import demand
 from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer
 from moe_offload.offload.planning.place_model import place_model
 from moe_offload.offload.planning.placement import Placement
@@ -120,6 +121,8 @@ class Gpus:
 
             return make_plan(*args, **kwargs | {"device": "cuda", "ram_bytes": 1 << 30, "place": place})
 
+        # torch's segments are larger than all of a tiny model
+        patch.setattr(demand, "fragmentation_bytes", lambda *args, **kwargs: 0)
         patch.setattr(model_module, "_first_device", lambda name, sizes: torch.device("cpu"))
         patch.setattr(model_module, "vram_budgets_bytes", lambda sizes: dict(budgets_bytes))
         patch.setattr(model_module, "make_plan", plan)

@@ -1,7 +1,7 @@
 """How a budget of bytes becomes slots: every layer the same share of its experts, as far as whole slots allow."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -49,3 +49,18 @@ def fill_slots(needs: Sequence[SlotNeed], budget_bytes: int) -> list[int]:
         behind = min(growing, key=lambda layer_idx: num_slots[layer_idx] / needs[layer_idx].num_experts)
         num_slots[behind] += 1
         left_bytes -= needs[behind].slot_bytes
+
+
+def fill_slots_beside(
+    needs: Sequence[SlotNeed], budget_bytes: int, beside_bytes: Callable[[Sequence[int]], int]
+) -> list[int]:
+    """As `fill_slots`, where so many slots a layer cost ``beside_bytes`` more; the floors must fit with theirs."""
+    floors = [need.floor for need in needs]
+    floor_bytes = slots_bytes(needs, floors)
+    room_bytes = budget_bytes - beside_bytes(floors)
+    while True:
+        num_slots = fill_slots(needs, room_bytes)
+        over_bytes = slots_bytes(needs, num_slots) + beside_bytes(num_slots) - budget_bytes
+        if over_bytes <= 0 or num_slots == floors:
+            return num_slots
+        room_bytes = max(floor_bytes, min(room_bytes, slots_bytes(needs, num_slots)) - over_bytes)
