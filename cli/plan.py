@@ -8,13 +8,18 @@ import click
 
 from moe_offload.cli import choices
 from moe_offload.cli.options import MODEL
-from moe_offload.cli.param_types import DeviceType, FormatType, RateType, SizeType
+from moe_offload.cli.param_types import DeviceType, FormatType, RateType, SizeType, VramType
 
 
 @click.command()
 @click.argument("model", type=MODEL, required=False)
 @click.option("--ram", type=SizeType(), default="auto", show_default=True, help="RAM to plan for, like 32GiB.")
-@click.option("--vram", type=SizeType(), help="GPU memory to plan for.  [default: what is free, if there is a GPU]")
+@click.option(
+    "--vram",
+    type=VramType(),
+    help="GPU memory to plan for; 0=10GiB,1=10GiB: layers divided among GPUs.  [default: what is free, if there is a "
+    "GPU]",
+)
 @click.option("--device", type=DeviceType(), default="auto", show_default=True, help="cpu: plan without the GPU.")
 @click.option("--disk", type=RateType(), help="How fast the disk is read, like 3.5GB/s.  [default: measured here]")
 @click.option(

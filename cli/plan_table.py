@@ -40,6 +40,8 @@ def forecast_view(found: "Forecast", free_bytes: int) -> RenderableType:
     if found.recommendation.command is not None:
         parts.append(Text(found.recommendation.command, style="cyan"))
     chosen = next((item for item in found.formats if item.format == found.recommendation.format), None)
+    if chosen is not None and chosen.speed is not None:
+        parts.append(Text(f"\nmemory in {chosen.format}\n{chosen.speed.plan.render()}", style="dim"))
     if chosen is not None and chosen.packing_s is not None and chosen.pack_bytes > free_bytes:
         note = f"the disk of the packs has {format_size(free_bytes)} free; MOE_OFFLOAD_HOME names a folder on another"
         parts.append(Text(note, style="yellow"))
@@ -63,6 +65,9 @@ def _model_lines(found: "Forecast") -> list[str]:
 
 def _machine_lines(machine: "Machine") -> list[str]:
     vram = "" if machine.vram_bytes is None else f"{format_size(machine.vram_bytes)} of VRAM, "
+    if machine.gpus:
+        each = ", ".join(f"{format_size(size_bytes)} on GPU {index}" for index, size_bytes in machine.gpus)
+        vram = f"{each}; "
     rates: list[tuple[str, Rate | None]] = [
         ("RAM" if machine.device == "cpu" else "VRAM", machine.memory),
         ("PCIe", machine.copy),
@@ -71,6 +76,8 @@ def _machine_lines(machine: "Machine") -> list[str]:
     texts = [f"{name} {_rate(rate)}" for name, rate in rates if rate is not None]
     lines = [f"{vram}{format_size(machine.ram_bytes)} of RAM; {', '.join(texts)}"]
     if machine.device == "cuda":
+        if machine.gpus:
+            lines.append("a token passes one GPU after the other: several hold more, they do not add up in speed")
         lines.append(
             "kept and hits: in VRAM and beside it in RAM. The CUDA path has not run on a GPU yet: rough guesses"
         )

@@ -31,7 +31,7 @@ from moe_offload.offload.meter import Meter
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.pack.outline import PackOutline
 from moe_offload.offload.pack.shared_out import check_share, shape_of_share
-from moe_offload.offload.planning.caching_allocator import LARGEST_SMALL_BYTES
+from moe_offload.offload.planning.caching_allocator import small_bytes
 from moe_offload.offload.planning.memory import (
     give_freed_memory_back,
     ram_budget_bytes,
@@ -238,7 +238,7 @@ class OffloadedModel:
                 top_k_per_layer=[experts_per_token(config.get_text_config(decoder=True))] * len(pack.layers),
                 prefetch_depth=depth,
                 resident_dense_bytes=sum(dense_bytes.values()),
-                small_dense_bytes=sum(size for size in dense_bytes.values() if size <= LARGEST_SMALL_BYTES),
+                small_dense_bytes=small_bytes(dense_bytes.values()),
                 graphs=graphs != "off" and group is None,
                 place=place if budgets_bytes and len(budgets_bytes) > 1 else None,
             )

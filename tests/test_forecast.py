@@ -343,3 +343,58 @@ def test_a_rate_is_bytes_a_second(config_file, rate):
 
 def test_nothing_to_plan_is_wrong_usage():
     assert "Name a model" in plan().text
+
+
+# -- several GPUs --
+
+
+def test_layers_are_divided_among_gpus(tmp_path):
+    shape = open_shape("mixtral-8x7b")
+    two = replace(DESKTOP, vram_bytes=18 * GIB, gpus=((0, 8 * GIB), (1, 10 * GIB)))
+    found = forecast(shape, two, formats=("nf4",))
+    (item,) = found.formats
+    plan_ = item.speed.plan
+    assert [part.index for part in plan_.parts] == [0, 1]
+    assert len(plan_.parts[0].layers) < len(plan_.parts[1].layers)
+    for part in plan_.parts:
+        lines = {line.label: line.size_bytes for line in plan_.lines() if line.tier == f"GPU {part.index}"}
+        assert sum(lines.values()) <= part.vram_bytes
+        assert lines["CUDA context"] > 0
+        assert lines["fragmentation"] > 0
+    one = forecast(shape, replace(DESKTOP, vram_bytes=18 * GIB), formats=("nf4",)).formats[0].speed
+    assert plan_.resident_share == pytest.approx(one.plan.resident_share, abs=0.1)
+    assert "--vram 0=8GiB,1=10GiB" in found.recommendation.command
+    assert found.to_dict()["machine"]["gpus"] == ((0, 8 * GIB), (1, 10 * GIB))
+    tiers = {line["tier"] for line in found.to_dict()["formats"][0]["memory"]}
+    assert tiers == {"GPU 0", "GPU 1", "RAM"}
+
+
+def test_several_gpus_that_are_too_small_are_named(tmp_path):
+    small = replace(DESKTOP, vram_bytes=2 * GIB, gpus=((0, GIB), (2, GIB)))
+    found = forecast(open_shape("mixtral-8x7b"), small, formats=("nf4",))
+    assert found.recommendation.command is None
+    assert "GPU 2 needs" in found.recommendation.sentence
+    assert "--vram 2=" in found.recommendation.sentence
+
+
+def test_amounts_by_gpu_are_given_as_to_chat(tmp_path):
+    rates = {"memory": 900e9, "disk": 7e9, "copy": 25e9, "matrix": 1e12}
+    given = GivenMachine(ram="64GiB", vram="1=10GiB,0=8GiB", **rates)
+    machine = machine_of(given, folder=tmp_path / "home", read_bytes=1 << 20)
+    assert machine.gpus == ((0, 8 * GIB), (1, 10 * GIB))
+    assert (machine.vram_bytes, machine.device) == (18 * GIB, "cuda")
+    only = machine_of(replace(given, vram={1: "10GiB"}), folder=tmp_path / "home", read_bytes=1 << 20)
+    assert (only.gpus, only.vram_bytes) == ((), 10 * GIB)
+    with pytest.raises(ConfigError, match="leave out --device cpu"):
+        machine_of(replace(given, device="cpu"), folder=tmp_path / "home", read_bytes=1 << 20)
+
+
+def test_the_command_has_a_table_for_each_gpu(config_file):
+    found = plan(str(config_file), "--vram", "0=1GiB,1=1GiB", "--ram", "4GiB", *RATES, "--pcie", "25GB/s")
+    assert found.code == 0, found.text
+    assert "1.0 GiB on GPU 0, 1.0 GiB on GPU 1" in found.out
+    for line in ("CUDA context", "library work", "recorded steps", "fragmentation", "workspace"):
+        assert line in found.out
+    wrong = plan(str(config_file), "--vram", "0=1GiB,0=1GiB")
+    assert wrong.code != 0
+    assert "write each GPU once" in wrong.text

@@ -1,7 +1,7 @@
 """One way to hold a model: experts in one format, the rest in another; what the planner and the clock need of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,10 @@ from moe_offload.offload.forecast.machine import Machine
 from moe_offload.offload.forecast.model_shape import SOURCE, ModelShape, PackedShape
 from moe_offload.offload.forecast.token_load import LayerLoad, TokenLoad
 from moe_offload.offload.pack.manifest import LayerLayout
+from moe_offload.offload.planning.caching_allocator import small_bytes
 from moe_offload.offload.planning.kv_cache import kv_cache_bytes
+from moe_offload.offload.planning.place_model import place_model
+from moe_offload.offload.planning.placement import Placement
 from moe_offload.offload.planning.plan import Plan, make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.row_embedding import table_in_pack
@@ -22,16 +25,21 @@ from moe_offload.quant import get_format
 
 @dataclass(frozen=True)
 class Candidate:
-    """``layers`` are all with experts; ``dense_bytes`` is in memory, ``step_dense_bytes`` of it is read by a token."""
+    """``layers`` are all with experts; ``dense_sizes`` is in memory, ``step_dense_bytes`` of it is read by a token."""
 
     expert_format: str
     dense_format: str
     layers: Sequence[LayerLayout]
     config: Any
     dtype_bytes: int
-    dense_bytes: int
+    dense_sizes: Mapping[str, int]
     step_dense_bytes: int
     pack_bytes: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """All but the experts, in memory."""
+        return sum(self.dense_sizes.values())
 
     @property
     def top_k(self) -> int:
@@ -40,6 +48,17 @@ class Candidate:
 
     def plan(self, machine: Machine, *, context_tokens: int) -> Plan:
         """What goes where, as loading would have it; `BudgetError` with the smallest budget that would do."""
+
+        def place(cache_bytes: Sequence[int], overhead_bytes: int) -> Placement:
+            return place_model(
+                self.config,
+                self.layers,
+                self.dense_sizes,
+                cache_bytes,
+                budgets_bytes=dict(machine.gpus),
+                overhead_bytes=overhead_bytes,
+            )
+
         return make_plan(
             self,
             self.config,
@@ -51,6 +70,8 @@ class Candidate:
             top_k_per_layer=[self.top_k] * len(self.layers),
             prefetch_depth=parse_prefetch("auto"),
             resident_dense_bytes=self.dense_bytes,
+            small_dense_bytes=small_bytes(self.dense_sizes.values()),
+            place=place if machine.gpus else None,
         )
 
     def token_load(self, plan: Plan, *, context_tokens: int) -> TokenLoad:
@@ -90,7 +111,8 @@ def candidate(shape: ModelShape, machine: Machine, expert_format: str, dense_for
     config = shape.config
     dtype_bytes = _dtype(config).itemsize
     table = table_in_pack(config, outline.dense_names, machine.device)
-    dense_bytes = outline.resident_dense_bytes(dtype_bytes, without=table)
+    dense_sizes = {name: size for name, size in outline.resident_sizes(dtype_bytes).items() if name != table}
+    dense_bytes = sum(dense_sizes.values())
     encoder_bytes = sum(
         count * dtype_bytes for name, count in outline.plain_dense.items() if _is_encoders(name, config)
     ) + sum(size_bytes for name, size_bytes in outline.other_dense.items() if _is_encoders(name, config))
@@ -100,7 +122,7 @@ def candidate(shape: ModelShape, machine: Machine, expert_format: str, dense_for
         outline.layers,
         config,
         dtype_bytes,
-        dense_bytes,
+        dense_sizes,
         dense_bytes - encoder_bytes - (0 if table else _lookup_bytes(config, dtype_bytes)),
         outline.dense_bytes + sum(layer.num_experts * layer.slot_bytes for layer in outline.layers),
     )
@@ -111,14 +133,15 @@ def packed_candidate(shape: PackedShape, machine: Machine) -> Candidate:
     manifest, config, dtype = shape.manifest, shape.config, _dtype(shape.config)
     with DenseWeights(shape.folder, manifest) as dense:
         table = table_in_pack(config, dense.keys(), machine.device)
-        dense_bytes = dense.resident_bytes(dtype, without=table)
+        dense_sizes = {name: size for name, size in dense.resident_sizes(dtype).items() if name != table}
+    dense_bytes = sum(dense_sizes.values())
     return Candidate(
         manifest.expert_format,
         manifest.dense_format,
         manifest.layers,
         config,
         dtype.itemsize,
-        dense_bytes,
+        dense_sizes,
         dense_bytes - (0 if table else _lookup_bytes(config, dtype.itemsize)),
         manifest.dense_bytes + sum(layer.num_experts * layer.slot_bytes for layer in manifest.layers),
     )

@@ -5,11 +5,13 @@ is ``{"low", "mid", "high"}``::
 
     {"schema": 1,
      "model": {"name", "type", "layers", "experts", "top_k", "weights", "checkpoint_bytes", "is_remote"},
-     "machine": {"ram_bytes", "vram_bytes", "memory", "disk", "copy", "matrix", "quantize", "download"},
+     "machine": {"ram_bytes", "vram_bytes", "memory", "disk", "copy", "matrix", "quantize", "download",
+                 "gpus": [[number, bytes]]},
      "context_tokens", "prompt_tokens", "routing",
      "formats": [{"format", "dense_format", "pack_bytes", "packing_s": band, "fits", "needed_bytes", "refusal",
                   "ram_bytes", "vram_bytes", "resident_share", "host_share", "hit_ratio": band, "reach": band,
-                  "bytes_read_per_token", "tokens_per_s": band, "time_to_first_token_s": band, "bound_by", "ways_s"}],
+                  "bytes_read_per_token", "tokens_per_s": band, "time_to_first_token_s": band, "bound_by", "ways_s",
+                  "memory": [{"tier", "use", "size_bytes"}]}],
      "recommendation": {"format", "sentence", "command"}}
 
 A rate of the machine is ``{"per_s", "origin"}``, its origin "measured", "given" or "assumed". Of a format that does not
@@ -86,6 +88,8 @@ class FormatForecast:
             "time_to_first_token_s": speed and speed.time_to_first_token_s.to_dict(),
             "bound_by": speed and speed.decode.bound_by,
             "ways_s": speed and dict(speed.decode.ways_s),
+            "memory": speed
+            and [{"tier": line.tier, "use": line.label, "size_bytes": line.size_bytes} for line in speed.plan.lines()],
         }
 
 

@@ -29,8 +29,9 @@ class Rate:
 class Machine:
     """Budgets in bytes and rates; without ``vram_bytes`` models are computed on the CPU.
 
-    ``memory`` is how fast the memory that computes is read (RAM, or VRAM with a GPU), ``copy`` RAM to VRAM, ``matrix``
-    operations a second of products of many rows, ``quantize`` weights a second while packing.
+    ``gpus``: number and bytes of each, where layers are divided among several; ``vram_bytes`` is then their sum, and
+    rates are of one. ``memory`` is how fast the memory that computes is read (RAM, or VRAM with a GPU), ``copy`` RAM to
+    VRAM, ``matrix`` operations a second of products of many rows, ``quantize`` weights a second while packing.
     """
 
     ram_bytes: int
@@ -41,6 +42,7 @@ class Machine:
     matrix: Rate
     quantize: Rate
     download: Rate | None = None
+    gpus: tuple[tuple[int, int], ...] = ()
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

@@ -10,9 +10,16 @@ import torch
 from moe_offload.errors import ConfigError
 from moe_offload.offload.bench.rates import kernel_read_rate, matrix_rate
 from moe_offload.offload.forecast.machine import Machine, Rate
-from moe_offload.offload.planning.memory import ram_budget_bytes, ram_memory, vram_budget_bytes, vram_memory
+from moe_offload.offload.planning.memory import (
+    ram_budget_bytes,
+    ram_memory,
+    vram_budget_bytes,
+    vram_budgets_bytes,
+    vram_memory,
+)
 from moe_offload.offload.planning.rates import disk_read_rate, host_to_device_rate
 from moe_offload.offload.planning.sizes import parse_size
+from moe_offload.offload.planning.vram_option import VramSize, vram_by_device
 from moe_offload.quant import get_format
 
 # What is taken for a GPU that is not here: a small one's memory, its link, and its products.
@@ -27,7 +34,7 @@ class GivenMachine:
     """What the user says: sizes as they are written, bytes (``matrix``: operations) a second; None is unsaid."""
 
     ram: str | int = "auto"
-    vram: str | int | None = None
+    vram: VramSize | None = None
     device: str = "auto"
     memory: float | None = None
     disk: float | None = None
@@ -45,16 +52,21 @@ def machine_of(given: GivenMachine, *, folder: Path, read_bytes: int) -> Machine
     has_gpu = torch.cuda.is_available()
     if given.device == "cuda" and not has_gpu and given.vram is None:
         raise ConfigError("there is no CUDA device here; say how much memory the one to plan for has with --vram 8GiB")
+    by_gpu = None if given.vram is None else vram_by_device(given.vram)
+    if by_gpu is not None and given.device not in ("auto", "cuda"):
+        raise ConfigError(f"--vram says which GPUs to plan for; leave out --device {given.device}")
     on_gpu = given.device != "cpu" and (has_gpu or given.vram is not None)
+    gpus = {} if by_gpu is None else {index: _one_vram_bytes(index, size) for index, size in sorted(by_gpu.items())}
     return Machine(
         ram_bytes=_ram_bytes(given.ram),
-        vram_bytes=_vram_bytes("auto" if given.vram is None else given.vram) if on_gpu else None,
+        vram_bytes=sum(gpus.values()) if gpus else _vram_bytes(given.vram) if on_gpu else None,
         memory=_memory_rate(given.memory, on_gpu, has_gpu),
         disk=_rate(given.disk, lambda: _disk_rate(folder, read_bytes)),
         copy=_copy_rate(given.copy, has_gpu) if on_gpu else None,
         matrix=_matrix_rate(given.matrix, on_gpu),
         quantize=Rate(_quantize_rate(), "measured"),
         download=None if given.download is None else Rate(given.download, "given"),
+        gpus=tuple(gpus.items()) if len(gpus) > 1 else (),
     )
 
 
@@ -65,7 +77,16 @@ def _ram_bytes(size: str | int) -> int:
     return parse_size(size, total_bytes=memory.total_bytes, free_bytes=memory.free_bytes)
 
 
-def _vram_bytes(size: str | int) -> int:
+def _one_vram_bytes(index: int, size: str | int) -> int:
+    """The budget of one of several GPUs."""
+    if not _is_relative(size):
+        return parse_size(size, total_bytes=1, free_bytes=1)
+    return vram_budgets_bytes({index: size})[index]
+
+
+def _vram_bytes(vram: VramSize | None) -> int:
+    size = "auto" if vram is None else vram
+    assert isinstance(size, str | int), "amounts by device are for several"
     memory = vram_memory()
     if not _is_relative(size):
         return parse_size(size, total_bytes=1, free_bytes=1)

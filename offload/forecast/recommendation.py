@@ -93,7 +93,9 @@ def _command(shape: ModelShape | PackedShape, item: "FormatForecast", machine: M
             words += ["--format", item.format]
         if item.dense_format != SOURCE:
             words += ["--dense-format", item.dense_format]
-    if machine.vram_bytes is not None:
+    if machine.gpus:
+        words += ["--vram", ",".join(f"{index}={_typed(size_bytes)}" for index, size_bytes in machine.gpus)]
+    elif machine.vram_bytes is not None:
         words += ["--vram", _typed(machine.vram_bytes)]
     words += ["--ram", _typed(machine.ram_bytes)]
     if context_tokens != 4096:
@@ -107,6 +109,8 @@ def _nothing_fits(
     refused = [item for item in formats if item.refusal is not None]
     smallest = min(refused, key=lambda item: item.refusal.needed_bytes if item.refusal else 0)
     assert smallest.refusal is not None
+    if machine.gpus:  # which of them is too small, and for what, depends on how they share the layers
+        return Recommendation(None, f"No format fits. In {smallest.format}, {smallest.refusal}.", None)
     option = "--ram" if machine.device == "cpu" else "--vram"
     needed = -(-smallest.refusal.needed_bytes // _MIB)
     return Recommendation(

@@ -7,6 +7,7 @@ is split where more than 1 MiB is left over, among small ones where 512 bytes ar
 """
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _MIB = 1024**2
@@ -30,6 +31,11 @@ def segment_bytes(size_bytes: int) -> int:
     if size_bytes < LEAST_OWN_SEGMENT_BYTES:
         return SHARED_SEGMENT_BYTES
     return _round_up(size_bytes, SEGMENT_MULTIPLE_BYTES)
+
+
+def small_bytes(sizes: Iterable[int]) -> int:
+    """The bytes of those tensors that are small."""
+    return sum(size_bytes for size_bytes in sizes if size_bytes <= LARGEST_SMALL_BYTES)
 
 
 @dataclass(eq=False)

@@ -1,6 +1,8 @@
 """Places a model on several GPUs: accelerate gives them layers in order, by what each will take there."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,12 +97,28 @@ def _device_map(model: nn.Module, stack: str, available: Mapping[int, int]) -> d
     max_memory[first] += largest_bytes  # what accelerate keeps free there for layers that it would offload
     max_memory[last] = 1 << 60  # the rest is refused by the plan, with numbers
     whole = {type(layer).__name__ for layer in layers} | set(getattr(model, "_no_split_modules", None) or ())
-    found = infer_auto_device_map(model, max_memory, no_split_module_classes=sorted(whole))
+    with _quiet_about_devices():
+        found = infer_auto_device_map(model, max_memory, no_split_module_classes=sorted(whole))
     # What holds no weights is called before all layers, as rotary embeddings are.
     return {
         name: first if isinstance(module := _at(model, name), nn.Module) and not list(module.parameters()) else index
         for name, index in found.items()
     }
+
+
+@contextmanager
+def _quiet_about_devices() -> Iterator[None]:
+    """Without accelerate's warning of each device that is not here: plans are made for other machines too."""
+    logger = logging.getLogger("accelerate.utils.modeling")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "is not available, available devices are" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -163,7 +163,11 @@ class Plan:
                 (tier, "total", total_bytes, f"{total_bytes / budget_bytes:4.0%} of {format_size(budget_bytes)}")
             )
         width = max(len(label) for _, label, _, _ in rows)
-        text = [f"{tier:<4}  {label:<{width}}  {format_size(size):>8}  {share}" for tier, label, size, share in rows]
+        tier_width = max(4, *map(len, budgets))
+        text = [
+            f"{tier:<{tier_width}}  {label:<{width}}  {format_size(size):>8}  {share}"
+            for tier, label, size, share in rows
+        ]
         text.append(f"{_slots_phrase(self.num_slots, self.num_experts)}, {self.resident_share:.0%} of experts resident")
         if self.device == "cuda":
             phrase = _slots_phrase(self.num_host_slots, self.num_experts)
