@@ -10,6 +10,7 @@ from moe_offload.quant import kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.base import Format
 from moe_offload.quant.blocked import FEW_ROWS, BlockedFormat
+from moe_offload.quant.expert_rows import ExpertRows
 from moe_offload.quant.raw import RawFormat
 
 PackedPart = tuple[Format, tuple[int, ...], Tensor]
@@ -32,7 +33,7 @@ class _ExpertMlp(ctypes.Structure):
 class PackedMlp:
     """One expert's MLP, described once for all steps that find it in its slot; holds on to the memory."""
 
-    __slots__ = ("_struct", "_takes_many", "_tensors", "address")
+    __slots__ = ("_struct", "_takes_many", "_tensors", "address", "down_rows", "up_rows")
 
     def __init__(
         self,
@@ -51,6 +52,8 @@ class PackedMlp:
             len(up),
             0 if bias is None else kernels.DTYPES[bias.dtype],
         )
+        self.up_rows = sum(shape[0] for _, shape, _ in up)
+        self.down_rows = down[1][0]
         self._tensors = [*(packed for _, _, packed in (*up, down)), up_bias, down_bias]
         # torch takes weights that are held as they are without a detour
         self._takes_many = all(isinstance(fmt, BlockedFormat) for fmt, _, _ in (*up, down))
@@ -119,13 +122,14 @@ class MoeStep:
     were computed together changes no bit.
     """
 
-    __slots__ = ("_activation", "_missing", "_order", "_outputs", "_weights", "_x", "result", "row_of")
+    __slots__ = ("_activation", "_ahead", "_missing", "_order", "_outputs", "_weights", "_x", "result", "row_of")
 
     def __init__(self, activation: Activation, x: Tensor, order: Sequence[int], weights: Sequence[float]) -> None:
         """``x [1, H]``; ``order``: the experts in router order, which may name one twice, with their ``weights``."""
         self._activation, self._x = activation, x if x.is_contiguous() else x.contiguous()
         self._order, self._weights = order, weights
         self.row_of = {expert_idx: row for row, expert_idx in enumerate(dict.fromkeys(order))}
+        self._ahead: dict[int, ExpertRows] = {}
         self._missing = len(self.row_of)
         self._outputs = torch.empty(self._missing, x.shape[1])
         self.result = torch.empty_like(self._x)
@@ -141,18 +145,40 @@ class MoeStep:
         """``fp32 [n, H]``: each expert's own, in the order in which they were first named, once it was computed."""
         return self._outputs
 
+    def compute_ahead(self, expert_idx: int, mlp: PackedMlp, up_rows: int, down_rows: int) -> None:
+        """The first rows of an expert whose others are not there yet; see `ExpertRows`. It counts when it is whole."""
+        rows = self._ahead.get(expert_idx)
+        if rows is None:
+            out = self._outputs[self.row_of[expert_idx]]
+            rows = self._ahead[expert_idx] = ExpertRows(self._activation, self._x, mlp, out)
+        rows.advance(up_rows, down_rows)
+
+    def forget_ahead(self, expert_idx: int) -> None:
+        """What was computed of it so far is worth nothing: its bytes have changed."""
+        self._ahead.pop(expert_idx, None)
+
     def compute(self, experts: Sequence[tuple[int, PackedMlp]]) -> None:
         """Some of the experts, each of which comes once."""
-        row_of = self.row_of
-        self._call([value for expert_idx, mlp in experts for value in (mlp.address, row_of[expert_idx])])
+        row_of, begun = self.row_of, 0
+        for expert_idx, _ in experts if self._ahead else ():
+            if (rows := self._ahead.get(expert_idx)) is not None:
+                rows.finish()
+                begun += 1
+        tasks = [
+            value
+            for expert_idx, mlp in experts
+            if expert_idx not in self._ahead
+            for value in (mlp.address, row_of[expert_idx])
+        ]
+        self._call(tasks, num_others=begun)
 
     def put(self, expert_idx: int, output: Tensor) -> None:
         """An expert's output ``[1, H]`` that was computed elsewhere."""
         self._outputs[self.row_of[expert_idx]] = output[0]
-        self._call([], num_computed=1)
+        self._call([], num_others=1)
 
-    def _call(self, tasks: list[int], *, num_computed: int = 0) -> None:
-        self._missing -= num_computed or len(tasks) // 2
+    def _call(self, tasks: list[int], *, num_others: int = 0) -> None:
+        self._missing -= num_others + len(tasks) // 2
         num_terms = 0 if self._missing else len(self._order)
         if not tasks and not num_terms:
             return

@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.host_step import HostStep
+from moe_offload.offload.experts.landing import StepAhead
 from moe_offload.offload.experts.pair_outputs import ExpertFn, PairOutputs, compute_pairs, stretches
 from moe_offload.offload.experts.peers import Answers, Call
 from moe_offload.offload.experts.residency import ComputeTogether, Residency
@@ -376,7 +377,10 @@ class ExpertLayer:
 
         prefill, issued = self._begin(expert_ids)
         here, weights = self._here(expert_ids, weights)
-        self._residency.run_together(self.layer_idx, here, compute, weights=weights, prefill=prefill, issued=issued)
+        ahead = StepAhead(step, parts)
+        self._residency.run_together(
+            self.layer_idx, here, compute, weights=weights, prefill=prefill, issued=issued, ahead=ahead
+        )
 
     def _routed_token(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn

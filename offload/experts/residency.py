@@ -20,6 +20,7 @@ from moe_offload.offload.experts.forgotten import close_apart
 from moe_offload.offload.experts.guesses import Guesses
 from moe_offload.offload.experts.host_step import HostStep
 from moe_offload.offload.experts.interrupts import InterruptShield
+from moe_offload.offload.experts.landing import StepAhead
 from moe_offload.offload.experts.miss_path import MissPath, make_miss_path
 from moe_offload.offload.experts.peers import Peers
 from moe_offload.offload.experts.slot_experts import SlotExperts
@@ -172,7 +173,7 @@ class Residency:
                 compute(*expert)
 
         with InterruptShield() as shield:
-            self._step(layer_idx, expert_ids, compute_each, False, weights, prefill, issued, host, shield)
+            self._step(layer_idx, expert_ids, compute_each, False, weights, prefill, issued, host, shield, None)
 
     def run_together(
         self,
@@ -184,10 +185,15 @@ class Residency:
         prefill: bool = False,
         issued: Callable[[], None] | None = None,
         host: HostStep | None = None,
+        ahead: StepAhead | None = None,
     ) -> None:
-        """As `run`, with all experts that are there in one call, then those that have come meanwhile, and so on."""
+        """As `run`, with all experts that are there in one call, then those that have come meanwhile, and so on.
+
+        With ``ahead``, experts that are read straight into their slots are computed there while they land, before they
+        are given to ``compute``.
+        """
         with InterruptShield() as shield:
-            self._step(layer_idx, expert_ids, compute, True, weights, prefill, issued, host, shield)
+            self._step(layer_idx, expert_ids, compute, True, weights, prefill, issued, host, shield, ahead)
 
     def run_resident(
         self, layer_idx: int, expert_ids: Sequence[int], weights: Sequence[float], compute: Callable[[list[int]], None]
@@ -263,6 +269,7 @@ class Residency:
         issued: Callable[[], None] | None,
         host: HostStep | None,
         shield: InterruptShield,
+        ahead: StepAhead | None,
     ) -> None:
         if self._interrupted:
             self._recover()
@@ -277,7 +284,7 @@ class Residency:
         lease = self.cache.acquire(
             layer_idx, expert_ids, weights=weights, admit=admit, most=most, phase="prefill" if prefill else "decode"
         )
-        arrivals = Arrivals(self._free_staging)
+        arrivals = Arrivals(self._free_staging, ahead)
         try:
             self._run(lease, compute, together, issued, arrivals, num_copied, host, shield)
         except BaseException:
@@ -339,7 +346,7 @@ class Residency:
         while num_pending or bypassed:
             if not num_pending:
                 num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
-            batch = [self._next(arrivals, shield)]
+            batch = [self._next(layer_idx, arrivals, shield)]
             if together or on_host:
                 batch += arrivals.get_all()
             num_pending -= len(batch)
@@ -361,6 +368,8 @@ class Residency:
             for _, _, error in batch:
                 if error is not None:
                     raise error
+            for expert_idx, _, _ in batch:
+                arrivals.has_landed(expert_idx)
             slots = [(expert_idx, place) for expert_idx, place, _ in batch if isinstance(place, int)]
             lent = [(expert_idx, place.weights) for expert_idx, place, _ in batch if isinstance(place, LentExpert)]
             if slots:
@@ -378,7 +387,15 @@ class Residency:
             for _, place, _ in batch:
                 arrivals.give_back(place)
 
-    def _next(self, arrivals: Arrivals, shield: InterruptShield) -> Arrival:
+    def _next(self, layer_idx: int, arrivals: Arrivals, shield: InterruptShield) -> Arrival:
+        """The next expert that is whole; what has come of others is computed while it is awaited."""
+        while (arrival := self._await(arrivals, shield)) is None:
+            for expert_idx, slot, read in arrivals.landing():
+                assert arrivals.ahead is not None
+                arrivals.ahead.compute(expert_idx, self._tier.use(layer_idx, slot), read.order, read.num_landed)
+        return arrival
+
+    def _await(self, arrivals: Arrivals, shield: InterruptShield) -> Arrival | None:
         shield.check()
         try:
             return arrivals.get(0)
@@ -443,9 +460,11 @@ class Residency:
             if guess is not None:
                 if (observer := self.observer) is not None:
                     observer.guessed(layer_idx, expert_idx, guess.arrived)
+                arrivals.watch(expert_idx, slot, guess.transfer)
                 guess.demand()
                 return
         self._transfer(layer_idx, expert_idx, load)
+        arrivals.watch(expert_idx, slot, load.transfer)
 
     def _take_staged(self, layer_idx: int, expert_ids: list[int], arrivals: Arrivals) -> int:
         """Take those off the list that were guessed right: they are computed from staging; how many."""
@@ -460,6 +479,7 @@ class Residency:
             num_taken += 1
             if (observer := self.observer) is not None:
                 observer.guessed(layer_idx, expert_idx, guess.arrived)
+            arrivals.watch(expert_idx, guess.slot, guess.transfer)
             guess.demand()
         return num_taken
 
@@ -570,9 +590,11 @@ class Residency:
     def _stage(self, layer_idx: int, expert_idx: int, slot: int, arrivals: Arrivals) -> None:
         done = partial(self._staged, layer_idx, expert_idx, slot, arrivals)
         try:
-            self._tier.begin(layer_idx, expert_idx, slot, speculative=False, done=done)
+            transfer = self._tier.begin(layer_idx, expert_idx, slot, speculative=False, done=done)
         except Exception as error:
             done(error)
+        else:
+            arrivals.watch(expert_idx, slot, transfer)
 
     def _staged(
         self, layer_idx: int, expert_idx: int, slot: int, arrivals: Arrivals, error: BaseException | None

@@ -9,17 +9,28 @@ from moe_offload.errors import FormatError, PackCorruptError
 from moe_offload.offload.pack.manifest import REPACK, PartSpec
 from moe_offload.quant import Format, get_format
 from moe_offload.quant.activation import Activation
+from moe_offload.quant.blocked import BlockedFormat
+from moe_offload.quant.layout import PackedLayout
 from moe_offload.quant.moe_layer import PackedMlp
 from moe_offload.quant.raw import RawFormat
 from moe_offload.quant.slot_kernels import SlotMlp, SlotPart
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
+    """A weight, or some of its rows, and where in a slot its bytes are."""
+
     format: Format
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def packed(self) -> PackedLayout | None:
+        """Where in it the rows are; None for what is no matrix, or is in a format that kernels do not know."""
+        if len(self.shape) != 2 or not isinstance(self.format, BlockedFormat | RawFormat):
+            return None
+        return self.format.layout(self.shape)
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class PartLayout:
 
     def __init__(self, parts: Sequence[PartSpec]) -> None:
         """`PackCorruptError` if a part has not the size that its format gives to its shape."""
-        self.pieces: dict[str, list[_Piece]] = {}
+        self.pieces: dict[str, list[Piece]] = {}
         for part in parts:
             try:
                 size_bytes = get_format(part.format).nbytes(part.shape)
@@ -49,7 +60,7 @@ class PartLayout:
                     f"part {part.name!r} has {part.size_bytes} bytes; {part.format} of shape {part.shape} takes "
                     f"{size_bytes}; {REPACK}"
                 )
-            piece = _Piece(get_format(part.format), part.shape, part.offset_bytes, part.offset_bytes + part.size_bytes)
+            piece = Piece(get_format(part.format), part.shape, part.offset_bytes, part.offset_bytes + part.size_bytes)
             self.pieces.setdefault(part.name.partition("#")[0], []).append(piece)
 
     def slot_mlp(self, parts: MlpParts) -> SlotMlp | None:
@@ -72,10 +83,11 @@ class PartLayout:
 class ExpertWeights:
     """The parameters of the expert in one slot. Valid while the slot is held."""
 
-    __slots__ = ("_mlp", "_parts", "row", "slab")
+    __slots__ = ("_mlp", "_parts", "layout", "row", "slab")
 
     def __init__(self, layout: PartLayout, data: torch.Tensor, slab: torch.Tensor | None = None, row: int = 0) -> None:
         """``data``: ``uint8 [slot_bytes]``, viewed and not copied; a row of ``slab``, if kernels are told rows."""
+        self.layout = layout
         self.slab, self.row = data.unsqueeze(0) if slab is None else slab, row
         self._parts = {
             name: [(piece.format, piece.shape, data[piece.begin : piece.end]) for piece in pieces]

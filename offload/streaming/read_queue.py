@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from moe_offload.errors import ExpertReadError, MoeOffloadError
@@ -12,6 +12,7 @@ from moe_offload.offload.pack.manifest import ExpertSpec
 MAX_SPECULATIVE_CHUNKS = 2
 
 OnDone = Callable[[BaseException | None], None]
+OnLanded = Callable[[], None]
 
 
 class ReadCancelledError(MoeOffloadError):
@@ -35,7 +36,9 @@ class Read:
         speculative: bool,
         on_done: OnDone | None,
         source: memoryview | None = None,
+        order: Sequence[range] = (),
     ) -> None:
+        """``order``: its chunks as they are to be read."""
         self.layer_idx, self.expert_idx = key
         self.spec = spec
         self.size_bytes = len(into)
@@ -47,13 +50,18 @@ class Read:
         self.error: MoeOffloadError | None = None
         self.queued = False  # chunks are left to hand out
         self.claimed = False  # one thread verifies or settles it
-        self.next_bytes = 0
+        self.order = order
+        self.next_chunk = 0  # of the order
+        self.next_bytes = 0  # how many were handed out
+        self.num_landed = 0  # chunks, from the first of the order on
+        self.on_landed: OnLanded | None = None
         self.in_flight = 0
         self.guessed_in_flight = 0  # those of them that were handed out as speculation
         self.rereads = 0
         self.is_guess = speculative  # as it was submitted: a promotion leaves it
         self.begin_ns = 0  # when its first chunk was begun, where somebody observes
         self.settled = threading.Event()
+        self._landed: set[int] = set()  # where those chunks begin that are there
         self._queue = queue
 
     @property
@@ -73,6 +81,27 @@ class Read:
             # A new one for each waiter: a shared one would collect the tracebacks of several threads.
             raise type(self.error)(*self.error.args)
 
+    def watch(self, on_landed: OnLanded) -> None:
+        """Call ``on_landed`` on a reader's thread whenever ``num_landed`` has grown, and now if it is not 0.
+
+        Until the read is settled, which tells whether what has landed is right: a second try sets it to 0.
+        """
+        self.on_landed = on_landed
+        if self.num_landed:
+            on_landed()
+
+    def landed(self, chunk: range) -> None:
+        """A chunk's bytes are there. For the queue, which holds its lock."""
+        self._landed.add(chunk.start)
+        while self.num_landed < len(self.order) and self.order[self.num_landed].start in self._landed:
+            self.num_landed += 1
+
+    def begin_again(self) -> None:
+        """Nothing is there. For the queue likewise."""
+        self.rereads += 1
+        self.next_chunk = self.next_bytes = self.num_landed = 0
+        self._landed.clear()
+
     def cancel(self) -> bool:
         """Give up a speculative read between chunks; True if it will not deliver.
 
@@ -88,9 +117,8 @@ class Read:
 class ReadQueue:
     """Hands out chunks to threads, and every read exactly once to the thread that is to conclude it."""
 
-    def __init__(self, chunk_bytes: int) -> None:
+    def __init__(self) -> None:
         """An open, empty queue."""
-        self._chunk_bytes = chunk_bytes
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._demand: deque[Read] = deque()
@@ -125,10 +153,12 @@ class ReadQueue:
                     return None
                 self._work.wait()
 
-    def chunk_ended(self, read: Read, error: MoeOffloadError | None) -> bool:
+    def chunk_ended(self, read: Read, chunk: range, error: MoeOffloadError | None) -> bool:
         """A chunk from `take` is read or has failed; True if the caller is to conclude the read."""
         with self._lock:
             read.in_flight -= 1
+            if error is None:
+                read.landed(chunk)
             if read.guessed_in_flight:
                 self._guess_ended(read, 1)
             if error is not None:
@@ -144,8 +174,7 @@ class ReadQueue:
             if self._closed_because is not None:
                 read.error = self._closed_error(read)
                 return False
-            read.rereads += 1
-            read.next_bytes = 0
+            read.begin_again()
             read.claimed = False
             self._enqueue(read, first=True)
             return True
@@ -156,7 +185,7 @@ class ReadQueue:
             if read not in self._unsettled:
                 return False
             self._unsettled.remove(read)
-            read.into = read.source = None
+            read.into = read.source = read.on_landed = None
             return True
 
     def cancel(self, read: Read) -> bool:
@@ -200,20 +229,21 @@ class ReadQueue:
         else:
             queue.append(read)
         read.queued = True
-        self._work.notify(-(-read.size_bytes // self._chunk_bytes))
+        self._work.notify(len(read.order))
 
     def _next_chunk(self, queue: deque[Read]) -> tuple[Read, range]:
         read = queue[0]
-        span = range(read.next_bytes, min(read.next_bytes + self._chunk_bytes, read.size_bytes))
-        read.next_bytes = span.stop
+        chunk = read.order[read.next_chunk]
+        read.next_chunk += 1
+        read.next_bytes += len(chunk)
         read.in_flight += 1
         if read.speculative:
             read.guessed_in_flight += 1
             self._num_guessed_chunks += 1
-        if span.stop == read.size_bytes:
+        if read.next_chunk == len(read.order):
             queue.popleft()
             read.queued = False
-        return read, span
+        return read, chunk
 
     def _guess_ended(self, read: Read, num_chunks: int) -> None:
         """So many of its chunks count as speculation no more: other guesses may be read."""

@@ -3,6 +3,7 @@
 import errno
 import threading
 import time
+from collections.abc import Sequence
 from logging import getLogger
 from os import PathLike
 from pathlib import Path
@@ -61,7 +62,9 @@ class ExpertReader:
         self._files = OpenFiles(disk or DirectDisk(), self._folder)
         self._verify = verify
         self._verified = [bytearray(layer.num_experts) for layer in manifest.layers]
-        self._queue = ReadQueue(chunk_bytes)
+        self._queue = ReadQueue()
+        self.chunk_bytes = chunk_bytes
+        self._orders: dict[int, tuple[range, ...]] = {}  # by the size of an expert
         self._closing = threading.Event()
         self._counters = ReaderCounters()
         self.observer: ReadObserver | None = None
@@ -80,13 +83,15 @@ class ExpertReader:
         speculative: bool = False,
         on_done: OnDone | None = None,
         source: memoryview | None = None,
+        order: Sequence[range] | None = None,
     ) -> Read:
         """Begin to read an expert into ``into``, writable bytes of its layer's ``slot_bytes``; returns at once.
 
         ``on_done`` gets None or the error, once, on a reader's thread, after verification and before waiters wake;
         it is to be quick and not to raise. Until then the memory is the reader's. Reads go straight to the disk if
         the memory is page-aligned. ``source``: memory that has the expert, to copy from in place of the disk; it was
-        verified when it was read, and counts as no read. Raises ExpertReadError when the reader is closed.
+        verified when it was read, and counts as no read. ``order``: the slot cut into chunks, as they are to be read;
+        from its beginning if not given. Raises ExpertReadError when the reader is closed.
         """
         if not (0 <= layer_idx < len(self._layers) and 0 <= expert_idx < self._layers[layer_idx].num_experts):
             raise IndexError(f"the pack has no expert {expert_idx} of layer {layer_idx}")
@@ -101,9 +106,17 @@ class ExpertReader:
             speculative,
             on_done,
             source,
+            order or self._from_the_beginning(into.nbytes),
         )
         self._queue.add(read)
         return read
+
+    def _from_the_beginning(self, size_bytes: int) -> Sequence[range]:
+        order = self._orders.get(size_bytes)
+        if order is None:
+            ends = [*range(self.chunk_bytes, size_bytes, self.chunk_bytes), size_bytes]
+            order = self._orders[size_bytes] = tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False))
+        return order
 
     @property
     def stats(self) -> ReaderStats:
@@ -145,12 +158,14 @@ class ExpertReader:
                     problem = self._read_chunk(read, span)
                 except BaseException as error:  # whatever it is, this thread lives on and the waiter is told
                     problem = self._typed(read, error)
-            if span is None or self._queue.chunk_ended(read, problem):
+            if span is None or self._queue.chunk_ended(read, span, problem):
                 try:
                     self._conclude(read)
                 except BaseException as error:
                     read.error = self._typed(read, error)
                     self._settle(read)
+            elif (on_landed := read.on_landed) is not None:
+                on_landed()
             del taken, read  # a thread that waits holds no slot
 
     def _read_chunk(self, read: Read, span: range) -> MoeOffloadError | None:

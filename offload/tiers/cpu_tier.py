@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from moe_offload.errors import ConfigError
+from moe_offload.offload.experts.landing import read_order
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.pack.manifest import PackManifest, PartSpec
 from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
@@ -39,6 +40,10 @@ class CpuTier:
         self._slot_bytes = [layer.slot_bytes for layer in manifest.layers]
         layouts: dict[tuple[PartSpec, ...], PartLayout] = {}
         self._layouts = [layouts.setdefault(layer.parts, PartLayout(layer.parts)) for layer in manifest.layers]
+        self._orders = [
+            read_order(layout, size, reader.chunk_bytes)
+            for layout, size in zip(self._layouts, self._slot_bytes, strict=True)
+        ]
         self._slabs = [Slab(slots, size) for slots, size in zip(num_slots, self._slot_bytes, strict=True)]
         self._staging_bytes = max(self._slot_bytes)
         self._slabs.append(Slab(num_staging_slots, self._staging_bytes))
@@ -51,7 +56,8 @@ class CpuTier:
         """Read straight into the slot."""
         slots, index = self._place(layer_idx, slot)
         into = slots[index].bytes[: self._slot_bytes[layer_idx]]
-        return self._reader.submit(layer_idx, expert_idx, into, speculative=speculative, on_done=done)
+        order = self._orders[layer_idx]
+        return self._reader.submit(layer_idx, expert_idx, into, speculative=speculative, on_done=done, order=order)
 
     def exchanges(self, layer_idx: int) -> bool:
         """Where experts are as large as staging slots, which are made for the largest."""
