@@ -17,6 +17,7 @@ from transformers import (
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.answer_clock import AnswerClock
+from moe_offload.offload.decode.step_threads import between_steps_too
 from moe_offload.offload.experts.layer import StepState, StoppedError
 from moe_offload.offload.graphs.choice import DecodeGraphs
 from moe_offload.offload.meter import Meter, Reading
@@ -140,7 +141,12 @@ class Generator:
             self._meter.residency.new_sequence()
             if seed is not None:
                 torch.manual_seed(seed)
-            with torch.inference_mode(), self._step.stoppable(clock.stopped), self._cache(config, inputs) as cache:
+            with (
+                torch.inference_mode(),
+                between_steps_too(self._model),
+                self._step.stoppable(clock.stopped),
+                self._cache(config, inputs) as cache,
+            ):
                 output: torch.Tensor = self._model.generate(
                     **inputs.to(self._model.device),
                     **cache,

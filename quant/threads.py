@@ -36,7 +36,22 @@ def torch_on_one_thread() -> Iterator[None]:
             torch.set_num_threads(num)
 
 
-def torch_on_its_threads() -> None:
+@contextmanager
+def torch_on_all_threads() -> Iterator[None]:
+    """Inside `torch_on_one_thread`, for work that is worth sharing out: torch has its threads back meanwhile."""
+    num: int | None = getattr(_here, "num", None)
+    if num is None:
+        _undo_others()
+        yield
+        return
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+def _undo_others() -> None:
     """Undo what `torch_on_one_thread` of another thread does to one that meets torch for the first time meanwhile."""
     with _lock:
         if (num := _asked()) != torch.get_num_threads():

@@ -17,6 +17,7 @@ from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.decode.linears import FusedLinear
 from moe_offload.offload.decode.norms import FusedNorm
 from moe_offload.offload.decode.routers import FusedRouter
+from moe_offload.offload.model import OffloadedModel
 from moe_offload.quant import backend_name
 from moe_offload.quant.step import AttentionCall
 
@@ -169,6 +170,21 @@ def test_room_is_bounded(both):
     for layer in cache.layers:
         held_tokens = layer.keys.untyped_storage().nbytes() // layer.keys[:, :, :1].nbytes
         assert held_tokens <= layer.keys.shape[2] + SPARE_TOKENS
+
+
+@pytest.mark.parametrize("mode", ["fused", "eager"])
+def test_an_answer_of_fused_steps_keeps_torch_to_one_thread_between_them(mode, packs, monkeypatch):
+    monkeypatch.setenv("MOE_OFFLOAD_DENSE", mode)
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with OffloadedModel.from_pretrained(packs("mixtral"), device="cpu", ram="auto") as model:
+            model.model.register_forward_pre_hook(lambda module, args: seen.append(torch.get_num_threads()))
+            prompt = torch.arange(PROMPT_TOKENS).unsqueeze(0)
+            model._generator.replay(prompt, [1, 2, 3], lambda num_tokens: seen.append(torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1 if mode == "fused" else 3}
 
 
 def test_the_environment_decides(monkeypatch):
