@@ -6,7 +6,7 @@ from moe_offload.cache.lease import Admit, Lease, Placement
 from moe_offload.cache.policy import Policy
 from moe_offload.cache.registry import DEFAULT_POLICY, LEARNED, make_policy, policy_names
 from moe_offload.cache.stats import CacheStats
-from moe_offload.cache.trace import EventKind, Outcome, RoutingTrace, TransferKind
+from moe_offload.cache.trace import CopyKind, EventKind, Outcome, RoutingTrace, TransferKind
 from moe_offload.cache.trace_file import read_trace, write_trace
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LEARNED",
     "Admit",
     "CacheStats",
+    "CopyKind",
     "EventKind",
     "ExpertCache",
     "LayerStats",

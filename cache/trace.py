@@ -35,6 +35,13 @@ class TransferKind(IntEnum):
     WARM = 3  # what an earlier run found hot
 
 
+class CopyKind(IntEnum):
+    """Whether anybody waited for a copy to a device when it was enqueued."""
+
+    DEMAND = 0
+    AHEAD = 1
+
+
 class EventKind(IntEnum):
     """What was asked of the cache, or told to it."""
 
@@ -76,6 +83,12 @@ LAYOUT: dict[str, tuple[str, tuple[str, ...]]] = {
     "transfer_end_us": ("int64", ("transfers",)),
     "transfer_bytes": ("uint32", ("transfers",)),
     "transfer_kind": ("uint8", ("transfers",)),
+    "copy_device": ("uint8", ("copies",)),
+    "copy_begin_us": ("int64", ("copies",)),
+    "copy_ns": ("uint32", ("copies",)),
+    "copy_bytes": ("uint32", ("copies",)),
+    "copy_kind": ("uint8", ("copies",)),
+    "link_bytes_per_s": ("float32", ("links",)),
     "event_kind": ("uint8", ("events",)),
     "event_layer": ("int16", ("events",)),
     "event_token": ("int32", ("events",)),
@@ -89,6 +102,7 @@ _TOGETHER = (
     ("predicted", "distance"),
     ("step", "step_begin_us", "step_us", "step_tokens"),
     tuple(name for name in LAYOUT if name.startswith("transfer_")),
+    tuple(name for name in LAYOUT if name.startswith("copy_")),
     tuple(name for name in LAYOUT if name.startswith("event_")),
 )
 
@@ -123,6 +137,12 @@ class RoutingTrace:
     transfer_end_us: Array | None = None
     transfer_bytes: Array | None = None
     transfer_kind: Array | None = None
+    copy_device: Array | None = None
+    copy_begin_us: Array | None = None
+    copy_ns: Array | None = None
+    copy_bytes: Array | None = None
+    copy_kind: Array | None = None
+    link_bytes_per_s: Array | None = None
     event_kind: Array | None = None
     event_layer: Array | None = None
     event_token: Array | None = None
@@ -161,6 +181,13 @@ class RoutingTrace:
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "meta"}
         return {name: array for name, array in values.items() if array is not None}
 
+    def step_at(self, times_us: Array) -> Array:
+        """The step that had begun last at each of the times, -1 for none; needs ``step_begin_us``."""
+        assert self.step_begin_us is not None
+        order = np.argsort(self.step_begin_us, kind="stable")  # steps of several threads end in another order
+        place = np.searchsorted(self.step_begin_us[order], times_us, side="right")
+        return np.append(-1, order)[place]
+
     def _check_values(self) -> None:
         """What is used as an index must be one."""
         limit = np.full(self.num_layers, np.iinfo(np.int16).max) if self.num_experts is None else self.num_experts
@@ -174,6 +201,8 @@ class RoutingTrace:
             "phase": 2,
             "step": None if self.step_us is None else len(self.step_us),
             "transfer_layer": self.num_layers,
+            "copy_kind": len(CopyKind),
+            "copy_device": None if self.link_bytes_per_s is None else len(self.link_bytes_per_s),
             "event_kind": len(EventKind),
         }
         for name, bound in bounds.items():

@@ -1,4 +1,4 @@
-"""A trace from its pieces: each holds some tokens, steps, transfers and events, as they became known."""
+"""A trace from its pieces: each holds some tokens, steps, transfers, copies and events, as they became known."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from moe_offload.errors import ConfigError
 
 OF_THE_ROW = -1  # the size of an event of a piece whose experts and weights are those of its token
 # The first axes along which a trace grows; everything else is said once.
-_GROWING = ("tokens", "steps", "transfers", "events", "experts of events")
+_GROWING = ("tokens", "steps", "transfers", "copies", "events", "experts of events")
 _ALONGSIDE = {"tokens": "experts", "steps": "step_us"}  # which array tells how many a piece has
 # What stands where a piece knows less than another: a layer with fewer choices, a step without predictions.
 _FILL = {"probs": 0, "outcome": int(Outcome.UNKNOWN)}

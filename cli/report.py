@@ -28,6 +28,8 @@ def report_line(run: Run, *, max_new_tokens: int | None = None) -> str:
 def totals(stats: Run) -> list[tuple[str, str]]:
     """Names and values of a session's figures, for /stats."""
     copied = f", {format_size(stats.bytes_copied)} copied to the GPU" if stats.bytes_copied else ""
+    if stats.link_use:
+        copied += f" ({stats.link_use:.0%} of what its link can carry)"
     on_cpu = f", {stats.computed_on_cpu} of them computed on the CPU" if stats.computed_on_cpu else ""
     foreseen = f"; {stats.prefetch_recall:.0%} of what was asked for was foreseen" if stats.prefetch_recall else ""
     return [
@@ -68,6 +70,11 @@ def cache_figures(run: Run) -> dict[str, Any]:
         "hit_ratio": run.hit_ratio,
         "bytes_read": run.bytes_read,
         "bytes_copied": run.bytes_copied,
+        "bytes_copied_ahead": run.bytes_copied_ahead,
+        "link_peak_bytes_per_s": run.link_peak_bytes_per_s,
+        "link_busy_s": run.link_busy_s,
+        "link_use": run.link_use,
+        "link_use_steps": [round(share, 4) for share in run.link_use_steps],
         "prefetch_issued": run.prefetch_issued,
         "prefetch_used": run.prefetch_used,
         "prefetch_wasted": run.prefetch_wasted,

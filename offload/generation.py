@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,6 +121,9 @@ class Generator:
 
     def _begin(self, clock: AnswerClock) -> AnswerClock:
         """The clock of an answer, which `stop` reaches from now on."""
+        residency = self._meter.residency
+        if residency.link_peaks_bytes_per_s:
+            clock.copied = lambda: residency.link_totals.num_bytes
         with self._lock:
             self._running.add(clock)
         return clock
@@ -208,6 +212,7 @@ class Generator:
                 time_to_first_token_s=clock.first_s - clock.begin_s,
                 decode_s=clock.last_s - clock.first_s,
             )
+            report = replace(report, link_use_steps=clock.link_use(report.link_peak_bytes_per_s))
             self.last_run = report
             self.prompt_tokens += report.prompt_tokens
             self.new_tokens += report.new_tokens

@@ -8,12 +8,15 @@ from moe_offload.cache import PrefetchCounts, StatsSnapshot
 from moe_offload.offload.experts.lookahead import Lookahead, LookaheadCounts
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.reports import RunReport
+from moe_offload.offload.tiers.link_meter import LinkTotals
 
 _SUMMED = (
     "hits",
     "misses",
     "bytes_read",
     "bytes_copied",
+    "bytes_copied_ahead",
+    "link_busy_s",
     "prefetch_issued",
     "prefetch_used",
     "prefetch_late",
@@ -33,8 +36,8 @@ class Reading(NamedTuple):
     prefetch_used_bytes: int
     prefetch_wasted_bytes: int
     bytes_read: int
-    bytes_copied: int
-    copy_bytes_per_s: float
+    link: LinkTotals
+    link_peak_bytes_per_s: float
     stall_s: float
     num_warmed: int
     computed_on_cpu: int
@@ -59,8 +62,8 @@ class Meter:
             prefetch_used_bytes=residency.prefetch_used_bytes,
             prefetch_wasted_bytes=residency.prefetch_wasted_bytes,
             bytes_read=residency.bytes_read,
-            bytes_copied=residency.bytes_copied,
-            copy_bytes_per_s=residency.copy_bytes_per_s,
+            link=residency.link_totals,
+            link_peak_bytes_per_s=_together(residency.link_peaks_bytes_per_s),
             stall_s=residency.stall_s,
             num_warmed=residency.num_warmed,
             computed_on_cpu=residency.computed_on_cpu,
@@ -81,12 +84,15 @@ class Meter:
         guesses = later.guesses - earlier.guesses
         prefetch = counts.prefetch + guesses
         guessed = guesses.used + guesses.late  # to the cache they were misses: it does not know of staging
+        link = later.link - earlier.link
         own = RunReport(
             hits=counts.total.hits + guessed,
             misses=counts.total.misses + counts.total.bypassed - guessed,
             bytes_read=later.bytes_read - earlier.bytes_read,
-            bytes_copied=later.bytes_copied - earlier.bytes_copied,
-            copy_bytes_per_s=later.copy_bytes_per_s,
+            bytes_copied=link.num_bytes,
+            bytes_copied_ahead=link.ahead_bytes,
+            link_busy_s=link.busy_ns * 1e-9,
+            link_peak_bytes_per_s=later.link_peak_bytes_per_s,
             stall_s=later.stall_s - earlier.stall_s,
             prefetch_issued=prefetch.issued,
             prefetch_used=prefetch.used + prefetch.late,
@@ -104,6 +110,11 @@ class Meter:
         return _with_peers(own, earlier.peers, later.peers)
 
 
+def _together(peaks_bytes_per_s: Sequence[float]) -> float:
+    """What links carry at most; 0 while one of them is not known."""
+    return sum(peaks_bytes_per_s) if all(peaks_bytes_per_s) else 0.0
+
+
 def _with_peers(own: RunReport, earlier: Sequence[RunReport], later: Sequence[RunReport]) -> RunReport:
     """What all ranks have done between two readings of theirs."""
     if not later:
@@ -113,4 +124,5 @@ def _with_peers(own: RunReport, earlier: Sequence[RunReport], later: Sequence[Ru
     for before, after in zip(earlier or [RunReport()] * len(later), later, strict=True):
         sums = {name: value + getattr(after, name) - getattr(before, name) for name, value in sums.items()}
         stall_s = max(stall_s, after.stall_s - before.stall_s)
-    return replace(own, **sums, stall_s=stall_s, num_ranks=1 + len(later))
+    peak = _together([own.link_peak_bytes_per_s, *(report.link_peak_bytes_per_s for report in later)])
+    return replace(own, **sums, stall_s=stall_s, link_peak_bytes_per_s=peak, num_ranks=1 + len(later))

@@ -1,5 +1,6 @@
 """Figures of what a model has done: one answer, or all since it was loaded."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ from typing import Any
 class RunReport:
     """Counts and times; ``hits`` and ``misses`` are experts asked for by layers, misses include those without a slot.
 
-    ``copy_bytes_per_s`` is the rate of the link to the device by the device's clock, `link_use` the share used of it.
+    Of the links to devices, by the devices' clocks: ``link_busy_s`` is the time in which one was copying, each for
+    itself, ``link_peak_bytes_per_s`` the fastest that they were seen to be; `link_use` is the share of that which was
+    carried, ``link_use_steps`` the same of each decode step. Nobody waited for ``bytes_copied_ahead`` when they went.
     ``stall_s`` is the time in which nothing was computed because an expert was awaited. Of the experts prefetched,
     those used were hits, some of which were waited for (late); those wasted left unused, some of them cut off halfway.
     ``warmed`` experts were read back by a warm start. Of the misses, so many as ``computed_on_cpu`` were computed from
@@ -26,7 +29,10 @@ class RunReport:
     misses: int = 0
     bytes_read: int = 0
     bytes_copied: int = 0
-    copy_bytes_per_s: float = 0.0
+    bytes_copied_ahead: int = 0
+    link_busy_s: float = 0.0
+    link_peak_bytes_per_s: float = 0.0
+    link_use_steps: Sequence[float] = ()
     stall_s: float = 0.0
     prefetch_issued: int = 0
     prefetch_used: int = 0
@@ -54,8 +60,8 @@ class RunReport:
 
     @property
     def link_use(self) -> float:
-        """Share of what the link to the device could have carried that it did carry; 0 where its rate is not known."""
-        could_bytes = (self.time_to_first_token_s + self.decode_s) * self.copy_bytes_per_s
+        """Share of what the links to devices could have carried that they did carry; 0 where that is not known."""
+        could_bytes = (self.time_to_first_token_s + self.decode_s) * self.link_peak_bytes_per_s
         return self.bytes_copied / could_bytes if could_bytes > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:

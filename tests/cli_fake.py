@@ -21,6 +21,11 @@ class FakeRun:
     hit_ratio: float = 0.75
     bytes_read: int = 3 << 20
     bytes_copied: int = 2 << 20
+    bytes_copied_ahead: int = 1 << 20
+    link_peak_bytes_per_s: float = 8e6
+    link_busy_s: float = 0.3
+    link_use: float = 0.35
+    link_use_steps: tuple[float, ...] = (0.25, 0.12345)
     stall_s: float = 0.125
     prefetch_issued: int = 6
     prefetch_used: int = 4

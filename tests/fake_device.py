@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from moe_offload.offload.tiers.link_meter import LinkMeter
+
 RUBBISH = 0xEE
 DISK = "the disk"
 
@@ -34,6 +36,27 @@ class FakeEvent:
 
     def wait(self) -> None:
         self.device.run_until(self.mark)
+
+
+class FakeStamp:
+    """A mark in the copy stream that keeps the time at which the device came to it."""
+
+    def __init__(self, device: "FakeDevice") -> None:
+        self.device = device
+        self.mark: Mark | None = None
+        self.at_ns = 0
+
+    def set(self) -> None:
+        self.mark = Mark()
+        self.device._enqueue("copy", self.device._stamping(self, self.mark))
+
+    def is_over(self) -> bool:
+        return self.mark is not None and self.mark.reached
+
+    def ns_until(self, later: "FakeStamp") -> int:
+        assert self.is_over()
+        assert later.is_over()
+        return later.at_ns - self.at_ns
 
 
 class Access:
@@ -82,6 +105,8 @@ class FakeDevice:
         self.current = "compute"
         self.hazards: list[str] = []
         self.num_copies = 0
+        self.link = LinkMeter(lambda: FakeStamp(self))
+        self.clock_ns = 0  # a copy takes a nanosecond a byte, everything else nothing
         self.copy_s_per_byte = 0.0
         self.fail_copies = 0
         self.closed = False
@@ -102,7 +127,15 @@ class FakeDevice:
     def new_event(self) -> FakeEvent:
         return FakeEvent(self)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, *, after: Iterable[FakeEvent], event: FakeEvent) -> None:
+    def copy(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        after: Iterable[FakeEvent],
+        event: FakeEvent,
+        is_ahead: bool = False,
+    ) -> None:
         assert source.shape == target.shape
         assert not self.closed
         with self._lock:
@@ -112,7 +145,8 @@ class FakeDevice:
             for earlier in after:
                 self._enqueue("copy", self._waiting(earlier.mark))
             # The source is spoken for from now on, the target from when the copy begins.
-            self._enqueue("copy", self._copying(source, target, self._enter("a copy", source, writes=False)))
+            with self.link.copying(source.numel(), is_ahead=is_ahead):
+                self._enqueue("copy", self._copying(source, target, self._enter("a copy", source, writes=False)))
             self._record(event, "copy")
             self.num_copies += 1
 
@@ -274,6 +308,11 @@ class FakeDevice:
         mark.reached = True
         yield None
 
+    def _stamping(self, stamp: FakeStamp, mark: Mark) -> Iterator[None]:
+        stamp.at_ns = self.clock_ns
+        mark.reached = True
+        yield None
+
     def _copying(self, source: torch.Tensor, target: torch.Tensor, reading: Access) -> Iterator[None]:
         writing = self._enter("a copy", target, writes=True)
         half = source.numel() // 2
@@ -282,6 +321,7 @@ class FakeDevice:
         target[:half] = source[:half]
         yield None
         target[half:] = source[half:]
+        self.clock_ns += source.numel()
         self._leave(writing)
         self._leave(reading)
 

@@ -10,7 +10,7 @@ from moe_offload.cache import RoutingTrace
 from moe_offload.errors import ConfigError
 from moe_offload.offload.tracing.chrome_trace import chrome_events, lanes, write_chrome_trace
 
-STEPS, LAYERS, READS = 6, 3, 40
+STEPS, LAYERS, READS, COPIES = 6, 3, 40, 30
 
 
 def some_trace(seed=0):
@@ -36,6 +36,12 @@ def some_trace(seed=0):
         transfer_end_us=read_begin + rng.integers(0, 400, READS),
         transfer_bytes=rng.integers(1, 1 << 20, READS),
         transfer_kind=rng.integers(0, 4, READS),
+        copy_device=rng.integers(0, 2, COPIES),
+        copy_begin_us=rng.integers(0, 3000, COPIES),
+        copy_ns=rng.integers(0, 200_000, COPIES),
+        copy_bytes=rng.integers(1, 1 << 20, COPIES),
+        copy_kind=rng.integers(0, 2, COPIES),
+        link_bytes_per_s=np.array([1e10, 2e10]),
     )
 
 
@@ -54,7 +60,7 @@ def test_the_file_is_what_the_format_asks_for(tmp_path):
     assert whole["displayTimeUnit"] == "ms"
     named = set()
     for event in whole["traceEvents"]:
-        assert event["ph"] in "XM"
+        assert event["ph"] in "XMC"
         assert isinstance(event["name"], str)
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
@@ -63,6 +69,9 @@ def test_the_file_is_what_the_format_asks_for(tmp_path):
                 named.add((event["pid"], event["tid"]))
             continue
         assert isinstance(event["ts"], int)
+        if event["ph"] == "C":
+            assert all(value >= 0 for value in event["args"].values())
+            continue
         assert isinstance(event["dur"], int)
         assert event["dur"] >= 0
         assert isinstance(event["cat"], str)
@@ -95,6 +104,29 @@ def test_all_times_are_there():
     reads = [event for event in events if "bytes" in event.get("args", {})]
     assert sum(event["args"]["bytes"] for event in reads) == trace.transfer_bytes.sum(dtype=np.int64)
     assert {event["pid"] for event in reads}.isdisjoint(event["pid"] for event in steps)
+
+
+def test_copies_and_what_a_step_sent():
+    trace = some_trace()
+    events = list(chrome_events(trace))
+    copies = [event for event in events if event.get("cat") == "copy"]
+    assert sum(event["args"]["copied"] for event in copies) == trace.copy_bytes.sum(dtype=np.int64)
+    counters = defaultdict(list)
+    for event in events:
+        if event["ph"] == "C":
+            counters[event["name"]].append(event)
+    assert set(counters) == {"GPU 0, GB/s", "GPU 1, GB/s"}
+    inside = trace.copy_begin_us >= trace.step_begin_us.min()
+    for device, found in enumerate(counters.values()):
+        assert [event["ts"] for event in found] == sorted(event["ts"] for event in found)
+        assert found[-1]["args"] == {"demand": 0, "ahead": 0}
+        for kind, name in enumerate(("demand", "ahead")):
+            # Every step has one value, which times its duration is what was sent in it.
+            steps = [e for e in found if e["ts"] in trace.step_begin_us]
+            durations = [trace.step_us[trace.step_begin_us == e["ts"]][0] for e in steps]
+            sent = sum(e["args"][name] * 1000 * us for e, us in zip(steps, durations, strict=True))
+            expected = trace.copy_bytes[inside & (trace.copy_device == device) & (trace.copy_kind == kind)]
+            assert sent == pytest.approx(expected.sum(dtype=np.int64), rel=1e-3)
 
 
 def test_lanes_are_as_few_as_can_be():

@@ -80,7 +80,7 @@ def test_demand_overtakes_prefetches_but_for_the_pieces_under_way(copies: Copies
     for one in (*guesses, needed):
         one.check_arrived()
     assert [number for number, _ in copies.begun if number != 9] == [1] * 5 + [2] * 5 + [3] * 5
-    assert copies.schedule.bytes_copied == 4 * SIZE
+    assert copies.device.link.totals().num_bytes == 4 * SIZE
     assert not copies.device.hazards
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moe_offload.errors import BudgetError, ExpertCopyError
 from moe_offload.offload.tiers.cuda_queue import CudaQueue
+from moe_offload.offload.tiers.link_meter import LinkTotals
 
 Log = list[tuple[Any, ...]]
 
@@ -117,7 +118,9 @@ def test_a_copy_waits_on_its_stream_and_is_marked(calls: Calls):
         "on cuda:0",  # else leaving the stream would set up the device that this thread began with
         "on copies",
         "stream waits copies",
+        "stamp copies",
         "copy",
+        "stamp copies",
         "record copies",
         "off copies",
         "off cuda:0",
@@ -125,22 +128,23 @@ def test_a_copy_waits_on_its_stream_and_is_marked(calls: Calls):
     assert calls.log[2][2] is earlier.event
 
 
-def test_one_copy_at_a_time_is_timed(calls: Calls):
-    queue = CudaQueue(torch.device("cuda"))
+def test_every_copy_is_timed_and_nobody_waits_for_it(calls: Calls):
+    queue = CudaQueue(torch.device("cuda:1"))
 
     def copy(size_bytes: int) -> list[str]:
         calls.log.clear()
-        queue.copy(torch.zeros(size_bytes, dtype=torch.uint8), target_that(calls), after=[], event=queue.new_event())
+        source = torch.zeros(size_bytes, dtype=torch.uint8)
+        queue.copy(source, target_that(calls), after=[], event=queue.new_event(), is_ahead=size_bytes < 2000)
         return [name for name in calls.names() if not name.startswith("o")]
 
     timed = ["stamp copies", "copy", "stamp copies", "record copies"]
-    assert copy(1000) == ["copy", "record copies"], "too small to tell"
-    assert copy(1 << 20) == timed
+    assert copy(1000) == timed
     calls.late = True
-    assert copy(1 << 20) == ["query", "copy", "record copies"]
-    assert queue.copy_s_per_byte == 0.0
-    calls.late = False
     assert copy(1 << 20) == ["query", *timed]
+    assert queue.link.totals() == LinkTotals(1 << 20, 1000, 0)
+    calls.late = False
+    assert copy(1 << 20) == ["query", "query", *timed]
+    assert queue.link.totals() == LinkTotals(2 << 20, 1000, 6_000_000)
     assert queue.copy_s_per_byte == pytest.approx(2e-3 / (1 << 20))
 
 

@@ -427,7 +427,7 @@ def test_what_a_trace_lacks_is_said_instead_of_zeros():
     sections = {item.section for item in report.missing}
     assert sections == {
         "tokens_per_s", "time_to_first_token_s", "hit_ratio_decode", "hit_ratio_prefill", "disk_bytes_per_token",
-        "pcie_bytes_per_token", "bound", "timing", "levers", "prediction", "residency",
+        "pcie_bytes_per_token", "bound", "timing", "link", "levers", "prediction", "residency",
     }  # fmt: skip
     assert report.run.prefill_steps == 3
     assert report.run.decode_steps == 60

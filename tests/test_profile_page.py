@@ -363,6 +363,7 @@ def test_a_strip_has_no_more_columns_than_a_screen_can_show(report: ProfileRepor
         phase=("decode",) * num_steps,
         **same,
         **dict.fromkeys(("hits", "late", "misses", "wall_s", "dense_s", "router_s", "experts_s", "other_s")),
+        **dict.fromkeys(("copied_demand_bytes", "copied_ahead_bytes", "link_busy_s")),
         wait_s=wait_s,
     )
     of = chart(parse(render(replace(report, steps=steps))), "token-wait")

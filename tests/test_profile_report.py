@@ -15,6 +15,7 @@ SAMPLES = [
     profile_samples.long_sample_report,
     profile_samples.large_sample_report,
     profile_samples.bare_sample_report,
+    profile_samples.gpu_sample_report,
 ]
 
 
@@ -48,7 +49,7 @@ def change(values, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 1, "version 1; this moe-offload reads version 2"),
+        (["version"], 2, "version 2; this moe-offload reads version 3"),
         (["version"], True, "version True"),
         (["format"], "another", 'lacks "format"'),
         (["header"], ..., "lacks 'header'"),
@@ -94,7 +95,8 @@ def test_every_field_is_documented():
             for item in value:
                 collect(item)
 
-    values = json.loads(profile_samples.sample_report().to_json())
-    values["run"]["versions"] = {}
-    collect(values)
+    for report in (profile_samples.sample_report(), profile_samples.gpu_sample_report()):
+        values = json.loads(report.to_json())
+        values["run"]["versions"] = {}
+        collect(values)
     assert not [name for name in sorted(names) if not re.search(rf'[`"]{name}[`"]', text)]

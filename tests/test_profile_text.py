@@ -1,13 +1,21 @@
 """A report on a terminal: it fits into 80 columns, and its figures are the report's."""
 
 import pytest
-from profile_samples import bare_sample_report, large_sample_report, sample_report, slow_sample_report
+from profile_samples import (
+    bare_sample_report,
+    gpu_sample_report,
+    large_sample_report,
+    sample_report,
+    slow_sample_report,
+)
 
 from moe_offload.offload.profiling import figures
 from moe_offload.offload.profiling.blocks import bar, condensed, heat, sparkline
 
 
-@pytest.mark.parametrize("make", [sample_report, slow_sample_report, bare_sample_report, large_sample_report])
+@pytest.mark.parametrize(
+    "make", [sample_report, slow_sample_report, bare_sample_report, large_sample_report, gpu_sample_report]
+)
 def test_it_fits_into_eighty_columns(make):
     lines = str(make()).splitlines()
     assert max(map(len, lines)) <= 80

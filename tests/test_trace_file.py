@@ -10,7 +10,7 @@ from moe_offload.cache.trace import LAYOUT
 from moe_offload.errors import ConfigError
 
 AXES = {"tokens": 5, "layers": 3, "top_k": 2, "distances": 2, "predicted experts": 4, "steps": 4, "four times": 4}
-AXES |= {"transfers": 6, "events": 7, "experts of events": 7}
+AXES |= {"transfers": 6, "copies": 8, "links": 2, "events": 7, "experts of events": 7}
 NUM_EXPERTS = 9
 
 

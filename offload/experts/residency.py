@@ -30,6 +30,7 @@ from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 from moe_offload.offload.streaming.reader import ReadCancelledError, ReadObserver
 from moe_offload.offload.tiers.compute_tier import ComputeTier, Transfer
 from moe_offload.offload.tiers.lender import Lender, LentExpert
+from moe_offload.offload.tiers.link_meter import CopyObserver, LinkTotals
 from moe_offload.quant.slot_kernels import slot_kernels
 
 
@@ -103,9 +104,18 @@ class Residency:
         return self._tier.bytes_copied
 
     @property
-    def copy_bytes_per_s(self) -> float:
-        """The measured rate of the links to the devices; 0 while it is not known."""
-        return self._tier.copy_bytes_per_s
+    def link_totals(self) -> LinkTotals:
+        """What the links to the devices have carried, all together."""
+        return self._tier.link_totals
+
+    @property
+    def link_peaks_bytes_per_s(self) -> Sequence[float]:
+        """The fastest that each link was seen to be; 0 while that is not known."""
+        return self._tier.link_peaks_bytes_per_s
+
+    def observe_copies(self, observer: CopyObserver | None) -> None:
+        """Tell ``observer`` of every copy to a device; None: nobody."""
+        self._tier.observe_copies(observer)
 
     @property
     def stall_s(self) -> float:

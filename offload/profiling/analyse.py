@@ -10,6 +10,7 @@ from moe_offload.offload.profiling.facts import run_facts
 from moe_offload.offload.profiling.header import header
 from moe_offload.offload.profiling.layer_figures import layer_figures
 from moe_offload.offload.profiling.levers import levers
+from moe_offload.offload.profiling.link import link
 from moe_offload.offload.profiling.load import expert_load
 from moe_offload.offload.profiling.missing import missing
 from moe_offload.offload.profiling.prediction import prediction
@@ -64,6 +65,7 @@ def analyse(
         layers=layer_figures(trace, steps, requests),
         steps=step_series(trace, steps, requests),
         timing=time_split,
+        link=link(trace, steps, facts.rates),
         curves=hit_curves,
         prediction=foreseen,
         experts=statistics,

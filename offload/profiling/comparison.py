@@ -116,6 +116,9 @@ def _figures(a: ProfileReport, b: ProfileReport) -> Iterator[Change]:
     yield change("hits in prefill", share, x.hit_ratio_prefill, y.hit_ratio_prefill)
     yield change("from disk for a token", figures.size, x.disk_bytes_per_token, y.disk_bytes_per_token)
     yield change("over PCIe for a token", figures.size, x.pcie_bytes_per_token, y.pcie_bytes_per_token)
+    links = [report.link.decode if report.link else None for report in (a, b)]
+    yield change("link used", share, *(link.use if link else None for link in links))
+    yield change("link busy", share, *(link.busy_share if link else None for link in links))
     yield change("stalled", share, x.stall_share, y.stall_share)
     bounds = [header.bound for header in (x, y)]
     yield change("bound", figures.speed, *(bound.tokens_per_s if bound else None for bound in bounds))

@@ -5,6 +5,7 @@ import numpy as np
 from moe_offload.cache.trace import Array, Outcome, RoutingTrace, TransferKind
 from moe_offload.offload.planning.bound import Bottleneck, bound_of
 from moe_offload.offload.profiling.facts import exactness
+from moe_offload.offload.profiling.link import copied_by_step
 from moe_offload.offload.profiling.prediction import in_decode
 from moe_offload.offload.profiling.requests import Requests, Steps
 from moe_offload.offload.profiling.run_facts import RunFacts
@@ -27,7 +28,7 @@ def header(trace: RoutingTrace, facts: RunFacts, steps: Steps, requests: Request
         hit_ratio_decode=_hit_ratio(requests, requests.is_decode),
         hit_ratio_prefill=_hit_ratio(requests, ~requests.is_decode),
         disk_bytes_per_token=disk_bytes_per_token(trace, facts, steps, requests),
-        pcie_bytes_per_token=pcie_bytes_per_token(trace, facts, requests),
+        pcie_bytes_per_token=pcie_bytes_per_token(trace, facts, steps, requests),
         stall_share=split.wait_s / split.clock_s if split else None,
         exactness=exactness(facts),
         bound=_bound(trace, facts, steps, requests, speed),
@@ -50,8 +51,16 @@ def needed_bytes_per_token(trace: RoutingTrace, facts: RunFacts, steps: Steps, r
     return _bytes_of_outcomes(trace, facts, requests)
 
 
-def pcie_bytes_per_token(trace: RoutingTrace, facts: RunFacts, requests: Requests) -> float | None:
-    """What was copied to the GPU in decode because it was needed; None where experts are computed on the CPU."""
+def pcie_bytes_per_token(trace: RoutingTrace, facts: RunFacts, steps: Steps, requests: Requests) -> float | None:
+    """What was copied to GPUs in decode, by outcomes where copies were not recorded; None where the CPU computes."""
+    copied = copied_by_step(trace)
+    if copied is not None:
+        return _per_token(int((copied["demand_bytes"] + copied["ahead_bytes"])[steps.is_decode].sum()), facts)
+    return needed_pcie_bytes_per_token(trace, facts, requests)
+
+
+def needed_pcie_bytes_per_token(trace: RoutingTrace, facts: RunFacts, requests: Requests) -> float | None:
+    """What had to be copied, at once or ahead of time: without what was copied in vain."""
     return _bytes_of_outcomes(trace, facts, requests) if facts.is_cuda else None
 
 
@@ -92,7 +101,7 @@ def _bound(
     needed = needed_bytes_per_token(trace, facts, steps, requests)
     if rates.disk_bytes_per_s and needed is not None:
         seconds["disk"] = needed / rates.disk_bytes_per_s
-    copied = pcie_bytes_per_token(trace, facts, requests)
+    copied = needed_pcie_bytes_per_token(trace, facts, requests)
     if rates.pcie_bytes_per_s and copied is not None:
         seconds["pcie"] = copied / rates.pcie_bytes_per_s
     if speed is None or not any(seconds.values()):

@@ -31,14 +31,14 @@ def _missing(report: ProfileReport) -> Iterator[Missing]:
         reason = "the trace has neither transfers nor outcomes with the size of experts"
         yield Missing("disk_bytes_per_token", reason if has_decode else _NO_DECODE)
     if header.pcie_bytes_per_token is None:
-        on_cpu = report.run.device is not None and not report.run.is_cuda
-        reason = "the experts are computed on the CPU" if on_cpu else "the trace does not tell of a GPU"
-        yield Missing("pcie_bytes_per_token", reason)
+        yield Missing("pcie_bytes_per_token", _no_link(report))
     if header.bound is None:
         no_rates = "no rates were measured or given (--disk, --memory, --pcie)"
         yield Missing("bound", _NO_TIMES if not has_times else no_rates if has_decode else _NO_DECODE)
     if report.timing is None:
         yield Missing("timing", _NO_TIMES)
+    if report.link is None:
+        yield Missing("link", _no_link(report))
     if report.levers is None:
         yield Missing("levers", "to predict times takes times: " + _NO_TIMES if not has_times else _NO_DECODE)
     if report.prediction is None:
@@ -48,3 +48,9 @@ def _missing(report: ProfileReport) -> Iterator[Missing]:
         )
     if report.usage.residency is None:
         yield Missing("residency", _NO_OUTCOMES if not has_outcomes else "the trace does not tell the number of slots")
+
+
+def _no_link(report: ProfileReport) -> str:
+    if report.run.device is not None and not report.run.is_cuda:
+        return "the experts are computed on the CPU"
+    return "the trace does not tell of copies to a GPU"

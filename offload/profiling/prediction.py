@@ -100,6 +100,6 @@ def in_decode(trace: RoutingTrace, steps: Steps) -> Array:
     assert trace.transfer_begin_us is not None
     if trace.step_begin_us is None or not len(steps):
         return np.ones(len(trace.transfer_begin_us), bool)
-    step = np.searchsorted(trace.step_begin_us, trace.transfer_begin_us, side="right") - 1
+    step = trace.step_at(trace.transfer_begin_us)
     inside: Array = steps.is_decode[step.clip(0)] & (step >= 0)
     return inside

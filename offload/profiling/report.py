@@ -16,6 +16,7 @@ from moe_offload.offload.profiling.sections import (
     Header,
     LayerFigures,
     Levers,
+    Link,
     Missing,
     Prediction,
     StepSeries,
@@ -24,7 +25,7 @@ from moe_offload.offload.profiling.sections import (
 )
 from moe_offload.offload.profiling.shapes import check_shapes
 
-FORMAT, VERSION = "moe-offload profile", 2
+FORMAT, VERSION = "moe-offload profile", 3
 _LARGEST_BYTES = 256 * 1024**2
 
 
@@ -39,6 +40,7 @@ class ProfileReport:
     layers: tuple[LayerFigures, ...]
     steps: StepSeries
     timing: Timing | None
+    link: Link | None
     curves: Curves | None
     prediction: Prediction | None
     experts: ExpertStatistics

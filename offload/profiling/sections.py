@@ -119,7 +119,8 @@ class LayerFigures:
 class StepSeries:
     """The run step by step [P]; where there are many, ``steps_per_point`` neighbours of one kind are added up.
 
-    ``late`` are the hits that were waited for. The five times add up to ``wall_s``.
+    ``late`` are the hits that were waited for. The five times add up to ``wall_s``. ``copied_*`` were sent to GPUs,
+    ``link_busy_s`` is the time that it took links, those of several GPUs added up.
     """
 
     steps_per_point: int
@@ -138,6 +139,9 @@ class StepSeries:
     wait_s: Floats | None
     experts_s: Floats | None
     other_s: Floats | None
+    copied_demand_bytes: Integers | None
+    copied_ahead_bytes: Integers | None
+    link_busy_s: Floats | None
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,48 @@ class Timing:
     step_p50_s: float | None
     step_p90_s: float | None
     step_p99_s: float | None
+
+
+@dataclass(frozen=True)
+class LinkPhase:
+    """What all links carried in the steps of one phase.
+
+    ``busy_share``: of the steps' time, the part in which a link was copying, in the mean of the links. ``use``: bytes
+    over what links at their peak would have carried in that time.
+    """
+
+    demand_bytes: int
+    ahead_bytes: int
+    busy_s: float
+    busy_share: float | None
+    use: float | None
+
+
+@dataclass(frozen=True)
+class GpuLink:
+    """One GPU's link over the whole run; the peak is the fastest copy, in the run or when rates were measured."""
+
+    gpu: int
+    demand_bytes: int
+    ahead_bytes: int
+    busy_s: float
+    peak_bytes_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Link:
+    """Copies to GPUs: those that a step waited for (demand), and those that nobody waited for yet (ahead).
+
+    ``peak_bytes_per_s`` of all links together; ``step_use_*``: percentiles of `LinkPhase.use` of single decode steps.
+    """
+
+    peak_bytes_per_s: float | None
+    gpus: tuple[GpuLink, ...]
+    decode: LinkPhase | None
+    prefill: LinkPhase | None
+    step_use_p10: float | None
+    step_use_p50: float | None
+    step_use_p90: float | None
 
 
 @dataclass(frozen=True)

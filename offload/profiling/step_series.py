@@ -3,6 +3,7 @@
 import numpy as np
 
 from moe_offload.cache.trace import LAYER_TIMES, Array, RoutingTrace
+from moe_offload.offload.profiling.link import copied_by_step
 from moe_offload.offload.profiling.requests import Requests, Steps
 from moe_offload.offload.profiling.sections import Floats, Integers, StepSeries
 
@@ -23,6 +24,7 @@ def step_series(trace: RoutingTrace, steps: Steps, requests: Requests) -> StepSe
     if trace.step_us is not None:
         times = {f"{name}_s": _seconds(part, first) for name, part in step_times(trace).items()}
         times["wall_s"] = _seconds(trace.step_us, first)
+    copied = copied_by_step(trace)
     return StepSeries(
         steps_per_point=per_point,
         first_step=tuple(first.tolist()),
@@ -35,6 +37,9 @@ def step_series(trace: RoutingTrace, steps: Steps, requests: Requests) -> StepSe
         late=None if late is None else count(late),
         misses=None if hits is None else count(~hits),
         **{f"{name}_s": None if times is None else times.get(f"{name}_s") for name in ("wall", *LAYER_TIMES, "other")},
+        copied_demand_bytes=None if copied is None else _sums(copied["demand_bytes"], first),
+        copied_ahead_bytes=None if copied is None else _sums(copied["ahead_bytes"], first),
+        link_busy_s=None if copied is None else tuple(ns / 1e9 for ns in _sums(copied["busy_ns"], first)),
     )
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from moe_offload.offload.profiling import figures
 from moe_offload.offload.profiling.blocks import bar, heat, sparkline
 from moe_offload.offload.profiling.report import ProfileReport
-from moe_offload.offload.profiling.sections import LayerFigures, TimeSplit
+from moe_offload.offload.profiling.sections import LayerFigures, Link, TimeSplit
 
 _WIDTH, _BAR, _STRIP = 80, 30, 64
 _MOST_LAYERS = 32
@@ -33,6 +33,7 @@ def terminal_report(report: ProfileReport) -> RenderableType:
     for title, section in (
         ("Time of a decode step", _time(report)),
         ("What a change would bring", _levers(report)),
+        ("Link to the GPU", _link(report)),
         ("Step by step", _steps(report)),
         ("Layers, in decode", _layers(report)),
         ("Hits in decode by cache size, without prefetching", _curves(report)),
@@ -117,6 +118,32 @@ def _time(report: ProfileReport) -> RenderableType | None:
     return _rows(rows(split))
 
 
+def _link(report: ProfileReport) -> RenderableType | None:
+    found = report.link
+    if found is None:
+        return None
+
+    def rows(link: Link) -> Iterator[tuple[str, str]]:
+        for name, phase in (("decode", link.decode), ("prefill", link.prefill)):
+            if phase is not None:
+                yield (
+                    name,
+                    f"{figures.percent(phase.use)} used, {figures.percent(phase.busy_share)} of the time busy; "
+                    f"{figures.size(phase.demand_bytes)} on demand, {figures.size(phase.ahead_bytes)} ahead",
+                )
+        if link.step_use_p50 is not None:
+            shares = (link.step_use_p10, link.step_use_p50, link.step_use_p90)
+            yield "a step", f"{' / '.join(map(figures.percent, shares))} used at 10 / 50 / 90% of decode steps"
+        for gpu in link.gpus:
+            yield (
+                f"GPU {gpu.gpu}",
+                f"at most {figures.rate(gpu.peak_bytes_per_s)}, busy {figures.seconds(gpu.busy_s)} with "
+                f"{figures.size(gpu.demand_bytes + gpu.ahead_bytes)}",
+            )
+
+    return _rows(rows(found))
+
+
 def _levers(report: ProfileReport) -> RenderableType | None:
     if report.levers is None or not report.levers.levers:
         return None
@@ -135,7 +162,13 @@ def _steps(report: ProfileReport) -> RenderableType | None:
     chosen = [index for index, phase in enumerate(steps.phase) if phase == "decode"]
 
     def rows() -> Iterator[tuple[str, str]]:
-        for label, values in (("stall", steps.wait_s), ("misses", steps.misses), ("step", steps.wall_s)):
+        series = (
+            ("stall", steps.wait_s),
+            ("misses", steps.misses),
+            ("step", steps.wall_s),
+            ("link", steps.link_busy_s),
+        )
+        for label, values in series:
             if values is not None:
                 yield label, sparkline([values[index] / steps.num_steps[index] for index in chosen], _STRIP)
 

@@ -1,6 +1,6 @@
 """The memory that experts are computed from: slots that transfers fill and kernels read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from moe_offload.offload.experts.weights import ExpertWeights, PartLayout
 from moe_offload.offload.streaming.reader import ReadObserver
 from moe_offload.offload.tiers.lender import Lender
+from moe_offload.offload.tiers.link_meter import CopyObserver, LinkTotals
 
 Done = Callable[[BaseException | None], None]
 
@@ -83,8 +84,15 @@ class ComputeTier(Protocol):
         """Bytes that were copied to a device of its own; none where the disk is read into the slots themselves."""
 
     @property
-    def copy_bytes_per_s(self) -> float:
-        """What the links to the devices carry together, as measured of late; 0 while that is not known."""
+    def link_totals(self) -> LinkTotals:
+        """What the links to the devices have carried, and for how long they were busy."""
+
+    @property
+    def link_peaks_bytes_per_s(self) -> Sequence[float]:
+        """The fastest that each link was seen to be; 0 while that is not known. Empty where there is none."""
+
+    def observe_copies(self, observer: CopyObserver | None) -> None:
+        """Tell ``observer`` of every copy to a device; None: nobody."""
 
     def close(self) -> None:
         """Stop transfers and free the memory."""

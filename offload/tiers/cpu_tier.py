@@ -12,6 +12,7 @@ from moe_offload.offload.pack.manifest import PackManifest, PartSpec
 from moe_offload.offload.streaming.reader import ExpertReader, ReadObserver
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.compute_tier import Done, Transfer
+from moe_offload.offload.tiers.link_meter import CopyObserver, LinkTotals
 
 
 class _SlotMemory:
@@ -134,9 +135,17 @@ class CpuTier:
         return 0
 
     @property
-    def copy_bytes_per_s(self) -> float:
+    def link_totals(self) -> LinkTotals:
         """None likewise."""
-        return 0.0
+        return LinkTotals()
+
+    @property
+    def link_peaks_bytes_per_s(self) -> Sequence[float]:
+        """None likewise."""
+        return ()
+
+    def observe_copies(self, observer: CopyObserver | None) -> None:
+        """Nothing is copied."""
 
     def close(self) -> None:
         """Fail what is being read, then free the slots."""

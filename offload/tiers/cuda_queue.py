@@ -10,9 +10,9 @@ import torch
 
 from moe_offload.errors import BudgetError, ExpertCopyError
 from moe_offload.offload.planning.sizes import format_size
-from moe_offload.offload.tiers.copy_timer import CopyTimer
 from moe_offload.offload.tiers.cuda_page_lock import CudaPageLock
 from moe_offload.offload.tiers.device_queue import Event
+from moe_offload.offload.tiers.link_meter import LinkMeter
 
 _log = getLogger(__name__)
 
@@ -46,6 +46,25 @@ class CudaEvent:
             self.event.synchronize()
 
 
+class _CudaStamp:
+    """An event in the copy stream that the device stamps with its time."""
+
+    def __init__(self, stream: torch.cuda.Stream, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._stream, self._device = stream, device
+
+    def set(self) -> None:
+        self._event.record(self._stream)
+
+    def is_over(self) -> bool:
+        with torch.cuda.device(self._device):  # as for `CudaEvent.is_over`
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def ns_until(self, later: "_CudaStamp") -> int:
+        elapsed_ms: float = self._event.elapsed_time(later._event)
+        return round(elapsed_ms * 1e6)
+
+
 class CudaQueue:
     """See `DeviceQueue`. One copy stream; compute streams are torch's current ones, each thread's own."""
 
@@ -55,7 +74,7 @@ class CudaQueue:
         self.device = torch.device("cuda", index)
         self.page_lock = CudaPageLock(self.device)
         self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._timer = CopyTimer()
+        self.link = LinkMeter(self._new_stamp)
         self._lock = threading.Lock()
         self._calls: queue.SimpleQueue[tuple[CudaEvent, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -80,24 +99,33 @@ class CudaQueue:
         """An event that is not recorded yet."""
         return CudaEvent(self.device)
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, *, after: Iterable[Event], event: Event) -> None:
+    def _new_stamp(self) -> _CudaStamp:
+        return _CudaStamp(self._copy_stream, self.device)
+
+    def copy(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        after: Iterable[Event],
+        event: Event,
+        is_ahead: bool = False,
+    ) -> None:
         """Asynchronous if ``source`` is page-locked; else the driver takes its bytes while this thread waits."""
         # The outer guard: without it, a thread that is new to CUDA would come back to the first device, and set it up.
         with _typed("a copy was begun"), torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
             for earlier in after:
                 self._copy_stream.wait_event(_cuda(earlier))
-            is_timed = self._timer.begin(self._copy_stream, source.numel())
             try:
-                target.copy_(source, non_blocking=True)
+                with self.link.copying(source.numel(), is_ahead=is_ahead):
+                    target.copy_(source, non_blocking=True)
             finally:
-                if is_timed:
-                    self._timer.end(self._copy_stream)
                 _cuda(event).record(self._copy_stream)
 
     @property
     def copy_s_per_byte(self) -> float:
         """What a byte takes on the copy stream, from copies of late; 0 while that is not known."""
-        return self._timer.s_per_byte
+        return self.link.s_per_byte
 
     def to_host(self, source: torch.Tensor, target: torch.Tensor, *, event: Event) -> None:
         """On this thread's current stream; asynchronous if ``target`` is page-locked."""

@@ -20,6 +20,7 @@ from moe_offload.offload.tiers.host_expert import HostExpert
 from moe_offload.offload.tiers.host_rows import RowsPool
 from moe_offload.offload.tiers.host_tier import HostTier
 from moe_offload.offload.tiers.lender import LentExpert
+from moe_offload.offload.tiers.link_meter import CopyObserver, LinkTotals
 from moe_offload.offload.tiers.slot_copy import CopySchedule, SlotCopy
 from moe_offload.offload.tiers.slot_order import TierSlotOrder
 
@@ -217,13 +218,22 @@ class CudaTier:
     @property
     def bytes_copied(self) -> int:
         """Bytes that were sent to the devices."""
-        return sum(copies.bytes_copied for copies in self._copies)
+        return self.link_totals.num_bytes
 
     @property
-    def copy_bytes_per_s(self) -> float:
-        """Of all links together; 0 while one of them is not known."""
-        s_per_byte = [queue.copy_s_per_byte for queue in self.queues]
-        return sum(1 / each for each in s_per_byte) if all(s_per_byte) else 0.0
+    def link_totals(self) -> LinkTotals:
+        """Of all links together."""
+        return sum((queue.link.totals() for queue in self.queues), LinkTotals())
+
+    @property
+    def link_peaks_bytes_per_s(self) -> list[float]:
+        """Of each link; 0 where it is not known yet."""
+        return [queue.link.peak_bytes_per_s for queue in self.queues]
+
+    def observe_copies(self, observer: CopyObserver | None) -> None:
+        """All devices'."""
+        for number, queue in enumerate(self.queues):
+            queue.link.observe(observer, number)
 
     @property
     def host(self) -> HostTier:

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from moe_offload.offload.streaming.slab import PageLock
+from moe_offload.offload.tiers.link_meter import LinkMeter
 
 
 class Event(Protocol):
@@ -39,10 +40,23 @@ class DeviceQueue(Protocol):
     def new_event(self) -> Event:
         """A mark that is not in any stream yet."""
 
-    def copy(self, source: torch.Tensor, target: torch.Tensor, *, after: Iterable[Event], event: Event) -> None:
+    @property
+    def link(self) -> LinkMeter:
+        """What measures the copy stream."""
+
+    def copy(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        after: Iterable[Event],
+        event: Event,
+        is_ahead: bool = False,
+    ) -> None:
         """Host to device on the copy stream, behind what it has to do already and the events ``after``.
 
-        ``event`` is recorded behind it. Until that is over, ``source`` must not change. Raises ExpertCopyError.
+        ``event`` is recorded behind it. Until that is over, ``source`` must not change. ``is_ahead``: nobody waits
+        for it, which is noted and changes nothing. Raises ExpertCopyError.
         """
 
     @property

@@ -35,10 +35,10 @@ class DeviceSlot:
             expert.hold_until(event)
         self.filled(event)
 
-    def copy(self, expert: HostExpert, begin: int, end: int, event: Event) -> None:
+    def copy(self, expert: HostExpert, begin: int, end: int, event: Event, *, is_ahead: bool = False) -> None:
         """Enqueue the copy of these bytes. Raises ExpertCopyError; of the slot and host memory the same holds."""
         uses = tuple(self._last_use.values())
-        self._queue.copy(expert.data[begin:end], self.data[begin:end], after=uses, event=event)
+        self._queue.copy(expert.data[begin:end], self.data[begin:end], after=uses, event=event, is_ahead=is_ahead)
 
     def filled(self, event: Event) -> None:
         """All bytes are enqueued, the event behind the last of them."""

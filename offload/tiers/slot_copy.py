@@ -53,7 +53,6 @@ class CopySchedule:
     """When what is copied. No lock is held while ``done`` is called; never from within `cancel`."""
 
     def __init__(self, queue: DeviceQueue) -> None:
-        self.bytes_copied = 0
         self._queue = queue
         self._lock = threading.Lock()
         self._pending: deque[SlotCopy] = deque()  # speculation with pieces left
@@ -73,8 +72,6 @@ class CopySchedule:
             error: BaseException | None = None
             try:
                 copy.slot.fill(expert)
-                with self._lock:
-                    self.bytes_copied += expert.data.numel()
             except Exception as failure:
                 error = _typed(copy, failure)
             copy.done(error)
@@ -139,10 +136,9 @@ class CopySchedule:
         copy.next_bytes = size_bytes if num_bytes is None else min(begin + num_bytes, size_bytes)
         copy.event = self._queue.new_event()
         try:
-            copy.slot.copy(copy.expert, begin, copy.next_bytes, copy.event)
+            copy.slot.copy(copy.expert, begin, copy.next_bytes, copy.event, is_ahead=copy.speculative)
         except Exception as failure:
             return _typed(copy, failure)
-        self.bytes_copied += copy.next_bytes - begin
         return None
 
     # -- the lock is not held --

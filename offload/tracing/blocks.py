@@ -1,4 +1,4 @@
-"""Notes to arrays: a block of a trace from passes, events of the cache, and transfers."""
+"""Notes to arrays: a block of a trace from passes, events of the cache, transfers and copies."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,13 @@ import torch
 from moe_offload.cache import Outcome
 from moe_offload.cache.trace import LAYER_TIMES, Array
 from moe_offload.cache.trace_blocks import OF_THE_ROW
+from moe_offload.offload.tracing.copies import CopyNote
 from moe_offload.offload.tracing.passes import FINISHED, EventNote, LayerNote, PassNote
 from moe_offload.offload.tracing.transfers import TransferNote
 
 # Plain numbers: members of an enumeration are slow to make arrays of.
 _RESIDENT, _PREFETCHED, _LATE, _MISSED, _BYPASSED = (int(outcome) for outcome in list(Outcome)[:5])
+_LONGEST_NS = np.iinfo(np.uint32).max
 
 
 class BlockMaker:
@@ -144,6 +146,18 @@ class BlockMaker:
             "transfer_end_us": np.array([self._us(note.end_ns) for note in transfers], np.int64),
             "transfer_bytes": np.array([note.num_bytes for note in transfers], np.uint32),
             "transfer_kind": np.array([note.kind for note in transfers], np.uint8),
+        }
+
+    def copies(self, copies: Sequence[CopyNote]) -> dict[str, Array]:
+        """Likewise of copies to devices."""
+        if not copies:
+            return {}
+        return {
+            "copy_device": np.array([note.device for note in copies], np.uint8),
+            "copy_begin_us": np.array([self._us(note.begin_ns) for note in copies], np.int64),
+            "copy_ns": np.array([note.took_ns for note in copies], np.int64).clip(0, _LONGEST_NS).astype(np.uint32),
+            "copy_bytes": np.array([note.num_bytes for note in copies], np.uint32),
+            "copy_kind": np.array([note.kind for note in copies], np.uint8),
         }
 
 

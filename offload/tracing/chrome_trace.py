@@ -1,7 +1,8 @@
 """The times of a trace for Perfetto and chrome://tracing: JSON in the trace-event format.
 
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (the format's description): complete
-events (``ph: "X"``) with times in microseconds; those of one track nest and do not overlap otherwise.
+events (``ph: "X"``) with times in microseconds, those of one track nest and do not overlap otherwise; and counters
+(``ph: "C"``), whose value holds until the next.
 """
 
 import heapq
@@ -13,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from moe_offload.cache import Outcome, RoutingTrace, TransferKind
+from moe_offload.cache import CopyKind, Outcome, RoutingTrace, TransferKind
 from moe_offload.cache.trace import LAYER_TIMES, Array
 from moe_offload.errors import ConfigError
 
-_COMPUTE, _DISK = 1, 2  # "processes": groups of tracks
+_COMPUTE, _DISK, _LINKS = 1, 2, 3  # "processes": groups of tracks
 _KIND_NAMES = {
     TransferKind.DEMAND: "demand",
     TransferKind.USED: "prefetch, used",
     TransferKind.WASTED: "prefetch, wasted",
     TransferKind.WARM: "warm start",
 }
+_COPY_NAMES = {CopyKind.DEMAND: "demand", CopyKind.AHEAD: "ahead"}
 Event = dict[str, Any]
 
 
@@ -46,7 +48,7 @@ def write_chrome_trace(path: str | os.PathLike[str], trace: RoutingTrace) -> Non
 
 
 def chrome_events(trace: RoutingTrace) -> Iterator[Event]:
-    """Forward passes with their layers, and reads from the disk, as many tracks as were busy at once.
+    """Forward passes with their layers, reads from the disk, as many tracks as were busy at once, and links to GPUs.
 
     A trace tells of a layer how long its parts took, not when each began: they are drawn one after the other from the
     beginning of their pass, and what is not the layers' comes last.
@@ -62,6 +64,8 @@ def chrome_events(trace: RoutingTrace) -> Iterator[Event]:
         yield from _tracks(_DISK, "disk", "reads", reads)
         for index in np.argsort(trace.transfer_begin_us, kind="stable").tolist():
             yield _read(trace, index, int(reads[index]) + 1)
+    if trace.copy_device is not None and len(trace.copy_device):
+        yield from _links(trace)
 
 
 def lanes(begin: Array, end: Array) -> Array:
@@ -77,11 +81,12 @@ def lanes(begin: Array, end: Array) -> Array:
     return lane
 
 
-def _tracks(pid: int, group: str, track: str, lane: Array) -> Iterator[Event]:
+def _tracks(pid: int, group: str, track: str, lane: Array, first: int = 1) -> Iterator[Event]:
     yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": group}}
     yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
     for tid in range(1, int(lane.max(initial=-1)) + 2):
-        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": f"{track} {tid}"}}
+        name = f"{track} {tid - 1 + first}"
+        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": name}}
         yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
 
 
@@ -147,3 +152,55 @@ def _read(trace: RoutingTrace, index: int, tid: int) -> Event:
         bytes=int(trace.transfer_bytes[index]),
         kind=_KIND_NAMES.get(int(trace.transfer_kind[index])),  # type: ignore[call-overload]
     )
+
+
+def _links(trace: RoutingTrace) -> Iterator[Event]:
+    """What each GPU was sent: its copies on a track, and for each step the rate of both kinds, as a counter.
+
+    A copy is drawn from when it was enqueued, or when the one before it was over: a stream makes one after the other.
+    """
+    assert trace.copy_device is not None
+    assert trace.copy_begin_us is not None
+    assert trace.copy_ns is not None
+    assert trace.copy_bytes is not None
+    assert trace.copy_kind is not None
+    yield from _tracks(_LINKS, "links", "copies to GPU", trace.copy_device.astype(np.int64), first=0)
+    free_us: dict[int, int] = {}
+    for index in np.argsort(trace.copy_begin_us, kind="stable").tolist():
+        device, duration_us = int(trace.copy_device[index]), int(trace.copy_ns[index]) // 1000
+        begin_us = max(int(trace.copy_begin_us[index]), free_us.get(device, 0))
+        free_us[device] = begin_us + duration_us
+        kind = _COPY_NAMES[CopyKind(int(trace.copy_kind[index]))]
+        num_bytes = int(trace.copy_bytes[index])
+        yield _complete(kind, "copy", (_LINKS, device + 1), begin_us, duration_us, copied=num_bytes)
+    yield from _counters(trace)
+
+
+def _counters(trace: RoutingTrace) -> Iterator[Event]:
+    """GB/s that each link carried in each step, as if evenly."""
+    assert trace.copy_device is not None
+    assert trace.copy_begin_us is not None
+    assert trace.copy_bytes is not None
+    assert trace.copy_kind is not None
+    assert trace.step_begin_us is not None
+    assert trace.step_us is not None
+    step = trace.step_at(trace.copy_begin_us)
+    for device in range(int(trace.copy_device.max()) + 1):
+        sums = np.zeros((len(trace.step_us), len(CopyKind)))
+        mine = (trace.copy_device == device) & (step >= 0)
+        np.add.at(sums, (step[mine], trace.copy_kind[mine]), trace.copy_bytes[mine])
+        rates = sums / np.maximum(trace.step_us, 1)[:, None] / 1000
+        end_us = None
+        for index in np.argsort(trace.step_begin_us, kind="stable").tolist():
+            begin_us = int(trace.step_begin_us[index])
+            if end_us is not None and end_us < begin_us:
+                yield _counter(device, end_us, np.zeros(len(CopyKind)))
+            yield _counter(device, begin_us, rates[index])
+            end_us = begin_us + int(trace.step_us[index])
+        if end_us is not None:
+            yield _counter(device, end_us, np.zeros(len(CopyKind)))
+
+
+def _counter(device: int, time_us: int, rates: Array) -> Event:
+    values = {name: round(float(rates[kind]), 4) for kind, name in _COPY_NAMES.items()}
+    return {"ph": "C", "name": f"GPU {device}, GB/s", "pid": _LINKS, "tid": 0, "ts": time_us, "args": values}

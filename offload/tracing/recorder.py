@@ -10,6 +10,7 @@ import torch
 
 from moe_offload.cache import Admit, EventKind, Lease
 from moe_offload.offload.reports import RunReport
+from moe_offload.offload.tracing.copies import CopyLog
 from moe_offload.offload.tracing.passes import ABORTED, FINISHED, OPEN, EventNote, LayerNote, PassNote
 from moe_offload.offload.tracing.transfers import TransferLog
 
@@ -39,6 +40,7 @@ class Recorder:
     def __init__(self, is_prefill: Callable[[], bool], *, tokens: bool = False) -> None:
         """``is_prefill``: whether this thread's pass is a prompt; ``tokens``: note the ids of tokens too."""
         self.transfers = TransferLog()
+        self.copies = CopyLog()
         self.begin_ns = time.perf_counter_ns()
         self.answers: list[dict[str, Any]] = []
         self._is_prefill, self._tokens = is_prefill, tokens

@@ -96,6 +96,7 @@ class Recording:
         self._hooks = self._hook([layer.module for layer in manifest.layers])
         residency = loaded.residency
         residency.observe_reads(self._recorder.transfers)
+        residency.observe_copies(self._recorder.copies)
         residency.observer = self._recorder
         residency.cache.observe(self._recorder)
         # Notes are kept for a second, so the garbage collector comes by often, and each full round would go through all
@@ -139,7 +140,7 @@ class Recording:
             try:
                 passes, events = self._recorder.take(last=last)
                 transfers = self._recorder.transfers.take(all_of_them=last)
-                arrays = self._blocks.block(passes, events, transfers)
+                arrays = self._blocks.block(passes, events, transfers) | self._copies()
                 answers = list(self._recorder.answers)
                 is_news = len(answers) != self._told
                 if arrays or is_news:
@@ -147,6 +148,12 @@ class Recording:
                     self._told = len(answers)
             except Exception as error:
                 self._failure = f"{type(error).__name__}: {error}"
+
+    def _copies(self) -> dict[str, Array]:
+        """Those that are over, and the fastest of each link so far."""
+        peaks = self._loaded.residency.link_peaks_bytes_per_s  # asked first: that is when times are read
+        arrays = self._blocks.copies(self._recorder.copies.take())
+        return arrays | {"link_bytes_per_s": np.array(peaks, np.float32)} if arrays else {}
 
     def end(self) -> None:
         """Write what is left and take the hooks out; warns if the trace ended early. May be called twice."""
@@ -157,6 +164,7 @@ class Recording:
         residency.observer = None
         residency.cache.observe(None)
         residency.observe_reads(None)
+        residency.observe_copies(None)
         for hook in self._hooks:
             hook.remove()
         if self._froze:

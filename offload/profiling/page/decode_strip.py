@@ -8,11 +8,13 @@ from markupsafe import Markup
 
 from moe_offload.offload.profiling.charts.axis import Axis, number_axis
 from moe_offload.offload.profiling.charts.columns import Column, columns
+from moe_offload.offload.profiling.charts.frame import Mark
 from moe_offload.offload.profiling.page.numbers import count
 from moe_offload.offload.profiling.sections import StepSeries
 
 # More columns than this would be thinner than a pixel or two of a wide page.
 MOST_COLUMNS = 400
+MOST_SEQUENCES = 24
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,9 @@ class DecodeStrip:
         first, last = self.steps.first_step[column[0]], self.steps.first_step[column[-1]]
         last += self.steps.num_steps[column[-1]] - 1
         return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def sequence_marks(strip: DecodeStrip) -> tuple[Mark, ...]:
+    """Where another prompt begins, unless there are too many to be told apart."""
+    begins = strip.sequence_begins()
+    return tuple(Mark("sequence", begin) for begin in begins) if len(begins) < MOST_SEQUENCES else ()

@@ -26,6 +26,7 @@ TITLES = {
     "hit_ratio_prefill": "Hit ratio in prefill",
     "disk_bytes_per_token": "Read from disk",
     "pcie_bytes_per_token": "Over PCIe",
+    "link": "Link to the GPU",
     "stall_share": "Waiting for experts",
     "bound": "Distance from the bound",
     "levers": "Next best lever",

@@ -10,6 +10,7 @@ from moe_offload.offload.profiling.charts.share_bar import share_bar
 from moe_offload.offload.profiling.charts.table import table
 from moe_offload.offload.profiling.page.decode_strip import DecodeStrip
 from moe_offload.offload.profiling.page.figure import Figure, Section
+from moe_offload.offload.profiling.page.link_figures import link_totals
 from moe_offload.offload.profiling.page.numbers import duration, percent, time_axis, whole_percent
 from moe_offload.offload.profiling.report import ProfileReport
 from moe_offload.offload.profiling.sections import TimeSplit, Timing
@@ -28,7 +29,7 @@ LEGEND = tuple((f"fill-{part}", NAMES[part]) for part in PARTS)
 def time_section(report: ProfileReport, missing: tuple[str, ...]) -> Section:
     """Both figures, as far as steps were timed."""
     timing = report.timing
-    figures = [*_totals(timing), *_strip(report)] if timing else []
+    figures = [*_totals(timing), *_strip(report), *link_totals(report.link)] if timing else []
     return Section("time", "Where the time goes", _finding(timing), tuple(figures), missing)
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from moe_offload.offload.profiling.charts.axis import number_axis
-from moe_offload.offload.profiling.charts.frame import Mark, frame
-from moe_offload.offload.profiling.page.decode_strip import DecodeStrip
+from moe_offload.offload.profiling.charts.frame import frame
+from moe_offload.offload.profiling.page.decode_strip import DecodeStrip, sequence_marks
 from moe_offload.offload.profiling.page.figure import Figure, Section
+from moe_offload.offload.profiling.page.link_figures import link_strip
 from moe_offload.offload.profiling.page.numbers import count, duration, three_digits, time_axis
 from moe_offload.offload.profiling.report import ProfileReport
 
@@ -14,13 +15,12 @@ LEGEND = (
     ("fill-late", "prefetched, but waited for"),
     ("fill-hit", "there in time"),
 )
-MOST_SEQUENCES = 24
 
 
 def tokens_section(report: ProfileReport, missing: tuple[str, ...]) -> Section:
     """Both strips, over the same steps."""
     strip = DecodeStrip.of(report.steps)
-    figures = [*_waits(report, strip), *_outcomes(report, strip)] if strip.points else []
+    figures = [*_waits(report, strip), *_outcomes(report, strip), *link_strip(report, strip)] if strip.points else []
     return Section("tokens", "Token by token", _finding(report, strip), tuple(figures), missing)
 
 
@@ -47,7 +47,7 @@ def _waits(report: ProfileReport, strip: DecodeStrip) -> Iterator[Figure]:
             x=strip.axis,
             y=y,
             height=120,
-            marks=_sequence_marks(strip),
+            marks=sequence_marks(strip),
             summary="Waiting per decode step",
         ),
         "Time in which nothing was computed because an expert had not arrived. A dashed line is the beginning of "
@@ -81,7 +81,7 @@ def _outcomes(report: ProfileReport, strip: DecodeStrip) -> Iterator[Figure]:
             x=strip.axis,
             y=y,
             height=160,
-            marks=_sequence_marks(strip),
+            marks=sequence_marks(strip),
             summary="Experts missed, late and in time per decode step",
         ),
         "What became of the experts that each step asked for. Late ones were on their way when they were needed: a "
@@ -90,9 +90,3 @@ def _outcomes(report: ProfileReport, strip: DecodeStrip) -> Iterator[Figure]:
         LEGEND,
         strip.note(),
     )
-
-
-def _sequence_marks(strip: DecodeStrip) -> tuple[Mark, ...]:
-    """Where another prompt begins, unless there are too many to be told apart."""
-    begins = strip.sequence_begins()
-    return tuple(Mark("sequence", begin) for begin in begins) if len(begins) < MOST_SEQUENCES else ()
