@@ -13,8 +13,10 @@ from families import make_config
 from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_model
 
 from moe_offload import OffloadedModel
+from moe_offload.cache import EventKind
 from moe_offload.errors import BudgetError
 from moe_offload.offload.experts import layer as expert_layer
+from moe_offload.offload.experts.host_values import to_host
 from moe_offload.offload.pack.packer import pack_model
 
 FAMILIES = ["mixtral", "gpt_oss", "nllb_moe"]
@@ -101,9 +103,47 @@ class Elsewhere(torch.Tensor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_copy_brings_ids_and_weights(dtype: torch.dtype):
-    index = torch.tensor([3, 0, 2**31])
-    weights = torch.tensor([0.1, 1 / 3, 0.7]).to(dtype)
-    here = expert_layer._values(index, weights)
-    assert here == (index.tolist(), weights.tolist())
-    assert expert_layer._values(index.as_subclass(Elsewhere), weights.as_subclass(Elsewhere)) == here
+def test_one_copy_brings_ids_weights_and_predictions(dtype: torch.dtype):
+    tensors = [
+        torch.tensor([3, 0, 2**31]),
+        torch.tensor([0.1, 1 / 3, 0.7]).to(dtype),
+        torch.tensor([[1, 2], [3, 4]], dtype=torch.int32),
+    ]
+    assert all(found is tensor for found, tensor in zip(to_host(tensors), tensors, strict=True))
+    for found, tensor in zip(to_host([tensor.as_subclass(Elsewhere) for tensor in tensors]), tensors, strict=True):
+        assert found.dtype == tensor.dtype
+        assert found.tolist() == tensor.tolist()
+
+
+def test_a_step_that_looks_ahead_waits_once_a_layer(pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
+    """All that comes to the host in a decode step is what its routers chose, and with it what later ones will."""
+    waits: list[int] = []
+    brought: list[torch.Tensor] = []  # kept, so that no other tensor is taken for one of them
+
+    def counted(tensors: Any) -> list[torch.Tensor]:
+        waits.append(len(tensors))
+        brought.extend(to_host([tensor.as_subclass(Elsewhere) for tensor in tensors]))
+        return brought[-len(tensors) :]
+
+    model = load(pack, slots_bytes=4 * 16384, host_bytes=8 * 16384, prefetch=2)
+    inputs = example_inputs(model.model.config, batch_size=1, num_tokens=5)
+    expected = run_logits(model.model, inputs)
+    lookahead = model._meter._lookahead
+    prefetch = lookahead._prefetch
+
+    def without_waiting(layer_idx: int, target_idx: int, index: torch.Tensor) -> None:
+        assert any(index is tensor for tensor in brought), "it would be waited for once more"
+        prefetch(layer_idx, target_idx, index)
+
+    monkeypatch.setattr(lookahead, "_prefetch", without_waiting)
+    monkeypatch.setattr(expert_layer, "to_host", counted)
+    with model.tracing() as recording:
+        tokens, logits = run_logits(model.model, inputs)
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(logits, expected[1])
+    asked = [EventKind(kind) for kind in recording.trace.event_kind.tolist()]
+    assert len(waits) == sum(kind in (EventKind.ACQUIRE, EventKind.ACQUIRE_IF_HOTTER) for kind in asked)
+    if model.model.config.model_type == "mixtral":
+        assert max(waits) == 4, "ids, weights, and the choices of two later layers"
+        assert model.stats.prefetch_recall > 0
+    assert not tier_of(model).queues[0].hazards

@@ -11,7 +11,9 @@ from torch import nn
 
 from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.host_step import HostStep
+from moe_offload.offload.experts.host_values import to_host
 from moe_offload.offload.experts.landing import StepAhead
+from moe_offload.offload.experts.lookahead import Prediction
 from moe_offload.offload.experts.pair_outputs import ExpertFn, PairOutputs, compute_pairs, stretches
 from moe_offload.offload.experts.peers import Answers, Call
 from moe_offload.offload.experts.residency import ComputeTogether, Residency
@@ -27,8 +29,13 @@ ROUTED_BUFFER_BYTES = 64 << 20
 
 
 class Predictor(Protocol):
-    """Told what each layer's router chose, while the misses are on their way; may prefetch for later layers."""
+    """Told what each layer's router chose, while the misses are on their way; may prefetch for later layers.
 
+    What it has to ask a device for first, and wait for, can be brought to the host together with that choice.
+    """
+
+    def ask(self, layer_idx: int) -> Iterable[Prediction]: ...
+    def fetched(self, layer_idx: int, predictions: Sequence[Prediction]) -> None: ...
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
     def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
 
@@ -288,7 +295,7 @@ class ExpertLayer:
         miss_path, host = self._residency.miss_path, None
         if miss_path is not None and parts is not None:  # before the choice: then one wait brings both
             host = miss_path.begin(self.layer_idx, hidden_states, top_k_index, expert_fn, parts)
-        index, weights = _values(top_k_index.reshape(-1), top_k_weights.reshape(-1))
+        index, weights = self._values(top_k_index.reshape(-1), top_k_weights.reshape(-1))
         is_expert = [expert_idx < self.num_experts for expert_idx in index]
         weight_of: dict[int, float] = {}
         for expert_idx, weight, counts in zip(index, weights, is_expert, strict=True):
@@ -386,7 +393,7 @@ class ExpertLayer:
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
     ) -> torch.Tensor:
         """A decode step: so few pairs that tensors to sort and gather them would cost more than they hold."""
-        index, weights = _values(top_k_index[0], top_k_weights[0])
+        index, weights = self._values(top_k_index[0], top_k_weights[0])
         weight_of = {e: weight for e, weight in zip(index, weights, strict=True) if e < self.num_experts}
         outputs: dict[int, torch.Tensor] = {}
 
@@ -456,17 +463,26 @@ class ExpertLayer:
         experts = torch.arange(self.num_experts, device=order.device, dtype=sorted_index.dtype)
         ends_of = torch.searchsorted(sorted_index, experts, right=True)
         sums_of = top_k_weights.reshape(-1)[order].cumsum(0, dtype=torch.float64)
-        ends, sums = _values(ends_of, nn.functional.pad(sums_of, (1, 0))[ends_of])
+        ends, sums = self._values(ends_of, nn.functional.pad(sums_of, (1, 0))[ends_of])
         pairs_of = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         totals = [after - before for before, after in zip([0.0, *sums], sums, strict=False)]
         touched = [expert_idx for expert_idx, pairs in enumerate(pairs_of) if pairs]
         touched.sort(key=lambda expert_idx: -totals[expert_idx])
         return order, ends_of, {e: pairs_of[e] for e in touched}, [totals[e] for e in touched]
 
-
-def _values(index: torch.Tensor, weights: torch.Tensor) -> tuple[list[int], list[float]]:
-    """The numbers in both; from a device in one copy, since each copy waits for all that was launched before."""
-    if index.device.type == "cpu":
+    def _values(self, index: torch.Tensor, weights: torch.Tensor) -> tuple[list[int], list[float]]:
+        """The numbers in both; from a device with what is predicted there for later layers, so that one wait does."""
+        asked = self._asked_ahead()
+        index, weights, *choices = to_host([index, weights, *(choice for _, choice in asked)])
+        predictor = self._step.predictor
+        if asked and predictor is not None:
+            targets = [target_idx for target_idx, _ in asked]
+            predictor.fetched(self.layer_idx, list(zip(targets, choices, strict=True)))
         return index.tolist(), weights.tolist()
-    both = torch.cat([index.double(), weights.double()]).tolist()  # a double holds any id and any weight as it is
-    return [int(value) for value in both[: len(index)]], both[len(index) :]
+
+    def _asked_ahead(self) -> list[Prediction]:
+        """What later layers' routers choose, launched before anybody waits; on the CPU reads are to begin first."""
+        predictor = self._step.predictor
+        if predictor is None or self._step.prefill or not self._residency.is_on_device(self.layer_idx):
+            return []
+        return list(predictor.ask(self.layer_idx))

@@ -227,6 +227,10 @@ class Residency:
                 self.cache.release(lease)
         return True
 
+    def is_on_device(self, layer_idx: int) -> bool:
+        """Whether the layer's experts are computed on a device, whose work the host has to wait for."""
+        return self._tier.slab(layer_idx) is not None
+
     def slot_experts(self, layer_idx: int, parts: MlpParts) -> SlotExperts | None:
         """A layer's experts as kernels on its device compute them; None where the CPU computes, or none can."""
         slab = self._tier.slab(layer_idx)
