@@ -16,6 +16,13 @@ class _Pass(threading.local):
         self.moved: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
+def _called(module: nn.Module) -> list[nn.Module]:
+    """What is called of a module that was placed: a list of layers is not, its layers are."""
+    if isinstance(module, nn.ModuleList):
+        return [called for child in module for called in _called(child)]
+    return [module]
+
+
 class DeviceBoundaries:
     """Looks at the arguments of the modules that were placed, which are whole layers, and of no others.
 
@@ -23,15 +30,20 @@ class DeviceBoundaries:
     their layers. Copies between devices are ordered on both devices' current streams, and no thread waits.
     """
 
-    def __init__(self, model: nn.Module, device_map: Mapping[str, torch.device]) -> None:
+    def __init__(self, model: Any, device_map: Mapping[str, torch.device]) -> None:
         self._pass = _Pass()
         for name, device in device_map.items():
             try:
                 module = model.get_submodule(name)
             except AttributeError:  # a parameter of its own
                 continue
-            module.register_forward_pre_hook(partial(self._bring, device), with_kwargs=True)
-        model.register_forward_hook(lambda *_: self._pass.moved.clear(), always_call=True)
+            for called in _called(module):
+                called.register_forward_pre_hook(partial(self._bring, device), with_kwargs=True)
+        passes = [model]
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            passes.append(model.get_encoder())  # `generate` runs it by itself
+        for module in passes:
+            module.register_forward_hook(lambda *_: self._pass.moved.clear(), always_call=True)
 
     def _bring(
         self, device: torch.device, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

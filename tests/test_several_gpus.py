@@ -14,7 +14,7 @@ from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_
 from torch import nn
 
 from moe_offload import OffloadedModel
-from moe_offload.errors import BudgetError, ConfigError
+from moe_offload.errors import BudgetError
 from moe_offload.offload import model as model_module
 from moe_offload.offload.checkpoint.transformers_loading import auto_class
 from moe_offload.offload.device_boundaries import DeviceBoundaries
@@ -86,9 +86,16 @@ def test_tied_heads_stay_with_the_embedding():
     assert placement.device_map["lm_head"] == placement.device_map["model.embed_tokens"] == 0
 
 
-def test_an_encoder_decoder_is_not_divided():
-    with pytest.raises(ConfigError, match="one GPU"):
-        place(families.make_config("nllb_moe"), {0: 1 << 20, 1: 1 << 20})
+@pytest.mark.parametrize("family", ["nllb_moe", "switch_transformers"])
+@pytest.mark.parametrize("budgets", [{0: 150_000, 1: 200_000}, {0: 300_000, 1: 400_000}])
+def test_an_encoder_and_its_decoder_go_to_devices_in_order(family: str, budgets: dict[int, int]):
+    placement = place(families.make_config(family), budgets)
+    assert placement.devices == (0, 1)
+    for on in (placement.device_of_layer, placement.device_of_cache_layer):
+        assert list(on) == sorted(on), "the encoder's layers come before the decoder's"
+    assert set(placement.device_of_layer) == {0, 1}
+    tied = [index for name, index in placement.device_map.items() if name.endswith(("shared", "embed_tokens"))]
+    assert set(tied) == {placement.device_map["lm_head"]} == {0}, "one table serves both sides and the head"
 
 
 # -- the plan --
@@ -171,6 +178,31 @@ def test_a_model_on_two_devices(pack: Path, monkeypatch: pytest.MonkeyPatch):
         assert torch.equal(logits, results[0][1])
 
 
+@pytest.mark.parametrize("family", ["nllb_moe", "switch_transformers"])
+def test_an_encoder_decoder_on_two_devices(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every module that was placed is given its activations by its own device's hook; all lie in RAM here."""
+    checkpoint = save_random_model(families.make_config(family), tmp_path / "checkpoint")
+    pack = pack_model(str(checkpoint), tmp_path / "pack", format="source")
+    with OffloadedModel.from_pretrained(pack, device="cpu", dtype="float32", context_tokens=CONTEXT_TOKENS) as resident:
+        inputs = example_inputs(resident.model.config)
+        expected = run_logits(resident.model, inputs)
+    with monkeypatch.context() as patch:
+        tried = Gpus(patch, {0: 1, 1: 1})
+        with pytest.raises(BudgetError):
+            load(pack)
+    gpus = Gpus(monkeypatch, {0: tried.overhead_bytes + 200_000, 1: tried.overhead_bytes + 400_000})
+    with load(pack) as model:
+        assert set(model.plan.device_of_layer) == {0, 1}
+        placed = [model.model.get_submodule(name) for part in model.plan.parts for name in part.modules]
+        called = [child for module in placed for child in (module if isinstance(module, nn.ModuleList) else [module])]
+        assert all(module._forward_pre_hooks_with_kwargs for module in called)
+        tokens, logits = run_logits(model.model, inputs)
+        assert not [hazard for queue in gpus.queues for hazard in queue.hazards]
+        assert all(queue.num_copies for queue in gpus.queues)
+    assert torch.equal(tokens, expected[0])
+    torch.testing.assert_close(logits, expected[1], rtol=1e-4, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused_by_device(pack: Path, monkeypatch: pytest.MonkeyPatch):
     Gpus(monkeypatch, {0: 1000, 1: 1000})
     with pytest.raises(BudgetError, match=r"GPU \d needs .* of VRAM for its part .*--vram \d="):
@@ -215,6 +247,13 @@ def test_activations_follow_the_layers():
     assert third["mask"] is fourth["mask"], "what all layers get crosses once"
     assert third["cos"] is fourth["cos"]
     assert not boundaries._pass.moved, "nothing is kept after the pass"
+
+
+def test_layers_that_were_placed_together_bring_their_activations():
+    model = Model()
+    DeviceBoundaries(model, {"layers": torch.device("meta")})
+    model(torch.ones(2, 3), torch.ones(3))
+    assert {tensor.device.type for layer in model.layers for tensor in layer.seen.values()} == {"meta"}
 
 
 def test_nothing_is_kept_after_a_pass_that_failed():

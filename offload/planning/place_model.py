@@ -29,11 +29,9 @@ def place_model(
     ``dense_bytes``: by the names of the model's state dict; ``cache_bytes``: of each decoder layer; ``overhead_bytes``:
     what a device spends beside. `ConfigError` for a model that cannot be divided.
     """
-    if config.is_encoder_decoder:
-        raise ConfigError("an encoder-decoder model runs on one GPU; give --vram a single amount")
     with init_empty_weights(include_buffers=True):
         model = auto_class(config).from_config(config)
-    stack = _decoder_layers(model, layers[0].module, len(cache_bytes))
+    stack = _decoder_layers(model, len(cache_bytes))
     available = {index: budgets_bytes[index] - overhead_bytes for index in sorted(budgets_bytes)}
     expert_bytes = [layer.num_experts * layer.slot_bytes for layer in layers]
     elastic_bytes = sum(available.values()) - sum(dense_bytes.values()) - sum(cache_bytes)
@@ -61,11 +59,13 @@ def place_model(
     )
 
 
-def _decoder_layers(model: nn.Module, container: str, num_layers: int) -> str:
-    """The name of the list of layers that the container is in."""
+def _decoder_layers(model: Any, num_layers: int) -> str:
+    """The name of the list of layers that have keys and values: beside an encoder, the decoder's."""
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model
+    inside = {id(module) for module in decoder.modules()}
     name: str
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and container.startswith(f"{name}.") and len(module) == num_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and id(module) in inside:
             return name
     raise ConfigError(f"the layers of {type(model).__name__} cannot be divided among GPUs; give --vram a single amount")
 
@@ -90,13 +90,17 @@ def _add_size(module: nn.Module, size_bytes: int) -> None:
 
 def _device_map(model: nn.Module, stack: str, available: Mapping[int, int]) -> dict[str, int]:
     layers = list(model.get_submodule(stack).children())
-    largest_bytes = max(sum(tensor.numel() for tensor in _tensors(layer)) for layer in layers)
+    whole = {type(layer).__name__ for layer in layers} | set(getattr(model, "_no_split_modules", None) or ())
+    largest_bytes = max(
+        sum(tensor.numel() for tensor in _tensors(module))
+        for module in model.modules()
+        if type(module).__name__ in whole
+    )
     # By default a device is left when the next layer no longer fits; half a layer more makes that rounding to nearest.
     max_memory = {index: size_bytes + largest_bytes // 2 for index, size_bytes in available.items()}
     first, last = next(iter(max_memory)), list(max_memory)[-1]
     max_memory[first] += largest_bytes  # what accelerate keeps free there for layers that it would offload
     max_memory[last] = 1 << 60  # the rest is refused by the plan, with numbers
-    whole = {type(layer).__name__ for layer in layers} | set(getattr(model, "_no_split_modules", None) or ())
     with _quiet_about_devices():
         found = infer_auto_device_map(model, max_memory, no_split_module_classes=sorted(whole))
     # What holds no weights is called before all layers, as rotary embeddings are.
