@@ -1,4 +1,7 @@
-"""What a recorded decode step costs the host in Python, a layer: the cache asked layer by layer, or told afterwards.
+"""What a recorded decode step costs the host in Python, a layer.
+
+By layers the cache is asked at each; with lookahead it is told what two layers are predicted to choose as well; of a
+step that is launched whole it is told afterwards.
 
 Kernels, copies, events and waits are replaced by nothing, so this is the bookkeeping alone; a GPU is not needed.
 
@@ -11,8 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from moe_offload.cache import ExpertCache
+from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.graphs.captured_step import CapturedStep
 from moe_offload.offload.graphs.routing_record import RoutingRecord
@@ -22,6 +27,7 @@ from moe_offload.offload.graphs.uses import PendingUses
 
 SHAPES = {"Mixtral-8x7B": (32, 8, 2), "Qwen3-30B-A3B": (48, 128, 8), "DeepSeek-V3": (58, 256, 8)}
 STEPS = 200
+AHEAD = 2
 
 
 class _NoTier:
@@ -39,12 +45,32 @@ class _NoTier:
     def stream(self) -> int:
         return 0
 
+    def exchanges(self, layer_idx: int) -> bool:
+        return False
+
 
 def _nothing() -> None:
     """A piece that launches no kernel."""
 
 
-def _step(num_layers: int, num_experts: int, top_k: int) -> tuple[CapturedStep, Residency, SlotTable, PendingUses]:
+class _Layer(nn.Module):
+    """What lookahead looks for: a router beside experts."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Identity(), nn.Identity()
+        self.experts.num_experts = num_experts  # type: ignore[assignment]
+
+
+def _lookahead(residency: Residency, num_layers: int, num_experts: int, top_k: int) -> Lookahead:
+    model = nn.ModuleList(_Layer(num_experts) for _ in range(num_layers))
+    names = [f"{layer_idx}.experts" for layer_idx in range(num_layers)]
+    return Lookahead(model, names, [top_k] * num_layers, residency)
+
+
+def _step(
+    num_layers: int, num_experts: int, top_k: int, num_ahead: int
+) -> tuple[CapturedStep, Residency, SlotTable, PendingUses]:
     tier: Any = _NoTier()
     residency = Residency(ExpertCache([num_experts] * num_layers, [num_experts] * num_layers), tier)
     table = SlotTable([num_experts] * num_layers, torch.device("cpu"), tier)
@@ -53,15 +79,20 @@ def _step(num_layers: int, num_experts: int, top_k: int) -> tuple[CapturedStep, 
         for placement in cache.admit_warm(layer_idx, range(num_experts)):
             cache.mark_loaded(layer_idx, placement.expert_idx)
             table.put(layer_idx, placement.expert_idx, placement.slot)
-    record = RoutingRecord(num_layers, top_k, torch.device("cpu"))
-    recording = StepRecording(None, record, table.device)  # type: ignore[arg-type]
-    out = torch.empty(1)
+    record = RoutingRecord(num_layers, top_k, torch.device("cpu"), num_ahead=num_ahead)
+    recording = StepRecording(None, record, table.device, None)  # type: ignore[arg-type]
+    out, shape = torch.empty(1), (1, top_k)
     with table.step():
         for layer_idx in range(num_layers):
             index = torch.randperm(num_experts)[:top_k].view(1, top_k)
             record.write(layer_idx, index, torch.rand(1, top_k), table.device[layer_idx])
+            ahead = range(layer_idx + 1, min(layer_idx + 1 + num_ahead, num_layers))
+            for number, _ in enumerate(ahead):
+                record.write_ahead(layer_idx, number, torch.randperm(num_experts)[:top_k].view(1, top_k))
             recording.pieces.append(_nothing)
-            recording.calls.append(ExpertsCall(layer_idx, num_experts, top_k, out, lambda: out, _nothing))
+            foreseen = tuple((target_idx, top_k) for target_idx in ahead)
+            eager: Any = None
+            recording.calls.append(ExpertsCall(layer_idx, num_experts, shape, out, eager, _nothing, foreseen))
     return CapturedStep(recording, _nothing, record, None), residency, table, PendingUses(residency)
 
 
@@ -74,15 +105,25 @@ def _layer_us(run: Callable[[], object], num_layers: int) -> float:
     return 1e6 * statistics.median(times) / num_layers
 
 
+def _by_layers_us(num_layers: int, num_experts: int, top_k: int, num_ahead: int) -> float:
+    step, residency, _, _ = _step(num_layers, num_experts, top_k, num_ahead)
+    lookahead = _lookahead(residency, num_layers, num_experts, top_k)
+    return _layer_us(lambda: step.run_by_layers(residency, lookahead), num_layers)
+
+
+def _whole_us(num_layers: int, num_experts: int, top_k: int) -> float:
+    step, _, table, uses = _step(num_layers, num_experts, top_k, 0)
+    return _layer_us(lambda: step.run_whole(table, uses), num_layers)
+
+
 def main() -> None:
     """One line a shape."""
     torch.set_num_threads(1)
-    print(f"{'shape':<16}{'by layers':>12}{'whole':>12}  us a layer")
+    print(f"{'shape':<16}{'by layers':>12}{'lookahead':>12}{'whole':>12}  us a layer")
     for name, (num_layers, num_experts, top_k) in SHAPES.items():
-        step, residency, table, uses = _step(num_layers, num_experts, top_k)
-        by_layers = _layer_us(lambda step=step, residency=residency: step.run_by_layers(residency), num_layers)
-        whole = _layer_us(lambda step=step, table=table, uses=uses: step.run_whole(table, uses), num_layers)
-        print(f"{name:<16}{by_layers:>12.1f}{whole:>12.1f}")
+        shape = (num_layers, num_experts, top_k)
+        times_us = (_by_layers_us(*shape, 0), _by_layers_us(*shape, AHEAD), _whole_us(*shape))
+        print(f"{name:<16}" + "".join(f"{time_us:>12.1f}" for time_us in times_us))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,9 @@ class OffloadedModel:
             graphs,
             context_tokens=plan.context_tokens,
             top_k=top_k,
-            is_plain=lambda: lookahead.depth == 0 and loaded.residency.observer is None,
+            lookahead=lookahead,
+            most_ahead=parse_prefetch(prefetch),
+            clock=clock,
         )
         ContextRoom(self.model, plan, loaded.residency, moved=self._graphs.forget)
         self._meter = Meter(loaded.residency, lookahead)

@@ -21,6 +21,9 @@ def test_a_layer_of_slots_computes(one_call: bool):
 
 
 def test_a_recorded_step_runs_without_a_device():
-    step, residency, _, _ = bench_graph_step._step(2, 4, 2)
-    assert step is not None
-    assert residency.cache.num_layers == 2
+    step, residency, _, _ = bench_graph_step._step(2, 4, 2, 1)
+    lookahead = bench_graph_step._lookahead(residency, 2, 4, 2)
+    assert not step.run_by_layers(residency, lookahead)
+    assert sum(layer.decode.hits for layer in residency.cache.stats.snapshot().layers) == 4
+    assert lookahead._pass.predicted == {}
+    assert not lookahead.foresaw_misses()

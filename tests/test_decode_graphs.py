@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from answers import NEW_TOKENS, PROMPT, answer
@@ -22,11 +23,15 @@ from moe_offload.offload import loader
 from moe_offload.offload import model as model_module
 from moe_offload.offload.answer_clock import AnswerClock
 from moe_offload.offload.experts import residency as residency_module
+from moe_offload.offload.experts.lookahead import Lookahead
+from moe_offload.offload.experts.step_tuning import StepTuner
 from moe_offload.offload.graphs import choice
-from moe_offload.offload.graphs.answer_cache import AnswerCaches, AnswerWindow, KeptMemory
+from moe_offload.offload.graphs.answer_cache import AnswerCaches
+from moe_offload.offload.graphs.answer_layers import AnswerWindow, KeptMemory
 from moe_offload.offload.graphs.captured_step import CapturedStep
 from moe_offload.offload.graphs.graphed_forward import GraphedForward
 from moe_offload.offload.graphs.speculation import Speculation
+from moe_offload.offload.pack.manifest import read_manifest
 from moe_offload.offload.pack.packer import pack_model
 
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3"]
@@ -91,6 +96,22 @@ def check_tables(model: OffloadedModel) -> None:
     model._residency.cache.check_integrity()
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "lfm2_moe", "nemotron_h"])
+def test_states_that_every_token_changes(family: str, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = save_random_model(make_config(family), tmp_path / "checkpoint")
+    pack = pack_model(str(checkpoint), tmp_path / "pack", format="source")
+    budget = {"host_bytes": 1 << 30, "prefetch": "off", "warm_start": False}
+    expected = answer(load(pack, slots_bytes=0, **budget, graphs="off"))
+    monkeypatch.setattr(Speculation, "is_on", True)
+    for slots_bytes in (0, 1 << 30):
+        model = load(pack, slots_bytes=slots_bytes, **budget, graphs="auto")
+        for _ in range(2):
+            assert torch.equal(answer(model), expected)
+        forward = forward_of(model)
+        assert not forward.is_off
+        assert (forward.num_whole if slots_bytes else forward.num_undone) > NEW_TOKENS // 2
+
+
 def test_steps_that_miss_nothing_are_launched_whole(pack: Path, load: Load):
     model = load(pack, slots_bytes=1 << 30, host_bytes=0, prefetch="off", graphs="auto")
     forward = forward_of(model)
@@ -129,8 +150,8 @@ def test_a_recording_that_is_wrong_is_found_out(
     model = load(pack, **budget, graphs="auto")
     run_by_layers = CapturedStep.run_by_layers
 
-    def run_wrongly(step: CapturedStep, residency: Any) -> bool:
-        missed = run_by_layers(step, residency)
+    def run_wrongly(step: CapturedStep, *args: Any) -> bool:
+        missed = run_by_layers(step, *args)
         step.output.logits += 1
         return missed
 
@@ -179,15 +200,71 @@ def test_a_prompt_in_pieces_and_then_recorded_steps(pack: Path, load: Load):
     assert not forward_of(model).is_off
 
 
-def test_lookahead_and_graphs_take_turns(pack: Path, load: Load):
+def test_recorded_steps_look_ahead_as_others_do(pack: Path, load: Load):
+    some_slots_bytes = 7 * read_manifest(pack).layers[0].slot_bytes
+    budget = {"slots_bytes": some_slots_bytes, "host_bytes": 30 * 4096, "warm_start": False}
+    for depth in (1, 2):
+        eager = load(pack, **budget, prefetch=depth, graphs="off")
+        expected = answer(eager)
+        model = load(pack, **budget, prefetch=depth, graphs="auto")
+        assert torch.equal(answer(model), expected)
+        forward = forward_of(model)
+        assert not forward.is_off
+        assert forward.num_by_layers > NEW_TOKENS // 2
+        assert lookahead_of(model).counts == lookahead_of(eager).counts
+        assert model.stats.prefetch_used
+        check_tables(model)
+
+
+def test_trials_of_lookahead_are_of_recorded_steps(pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
+    times: list[float] = []
+    record = StepTuner.record
+    monkeypatch.setattr(StepTuner, "record", lambda tuner, *step: times.append(step[0]) or record(tuner, *step))
     budget = {"slots_bytes": 10 * 4096, "host_bytes": 30 * 4096, "warm_start": False}
     expected = answer(load(pack, **budget, prefetch="off", graphs="off"))
-    looking = load(pack, **budget, prefetch=1, graphs="auto")
-    assert torch.equal(answer(looking), expected)
-    assert not forward_of(looking).num_recorded
-    tuned = load(pack, **budget, prefetch="auto", graphs="auto")
-    assert torch.equal(answer(tuned), expected)
-    assert forward_of(tuned).num_recorded
+    model = load(pack, **budget, prefetch="auto", graphs="auto")
+    for _ in range(2):
+        assert torch.equal(answer(model), expected)
+    forward = forward_of(model)
+    assert forward.num_recorded >= 2  # with lookahead and without
+    assert 0 < len(times) < forward.num_by_layers + forward.num_whole  # those that were checked do not count
+
+
+def test_lookahead_is_left_off_where_nothing_is_missed(pack: Path, load: Load):
+    model = load(pack, slots_bytes=1 << 30, host_bytes=0, prefetch=2, graphs="auto")
+    for _ in range(2):
+        answer(model)
+    before = lookahead_of(model).counts
+    answer(model)
+    assert forward_of(model).num_whole > NEW_TOKENS
+    assert lookahead_of(model).counts == before
+
+
+def lookahead_of(model: OffloadedModel) -> Lookahead:
+    lookahead = model._step.predictor
+    assert isinstance(lookahead, Lookahead)
+    return lookahead
+
+
+@pytest.mark.parametrize("prefetch", ["off", 1])
+@pytest.mark.parametrize("slots", [10, 1000])
+def test_recorded_steps_are_traced_as_others_are(pack: Path, load: Load, slots: int, prefetch: str | int):
+    traces = []
+    for graphs in ("off", "auto"):
+        model = load(pack, slots_bytes=slots * 4096, host_bytes=1 << 30, prefetch=prefetch, graphs=graphs)
+        for _ in range(2):
+            answer(model)
+        with model.tracing() as recording:
+            answer(model)
+        traces.append(recording.trace)
+    forward = forward_of(model)
+    assert not forward.is_off
+    assert forward.num_by_layers > NEW_TOKENS // 2
+    eager, recorded = traces
+    for name in ("experts", "probs", "token_ids", "phase", "predicted"):
+        assert np.array_equal(getattr(recorded, name), getattr(eager, name)), name
+    assert recorded.layer_us is not None
+    assert (recorded.layer_us[-NEW_TOKENS // 2 :, :, [0, 3]] > 0).all()  # what is dense, and experts
 
 
 def test_two_answers_at_once_have_caches_of_their_own(pack: Path, load: Load):
@@ -220,15 +297,19 @@ def test_a_window_that_is_full_forgets_the_oldest():
     theirs = StaticSlidingWindowLayer(64, sliding_window=4)
     for num_tokens in [3, *[1] * 9, 2, 1, 1]:
         keys, values = torch.randn(1, 2, num_tokens, 8), torch.randn(1, 2, num_tokens, 8)
+        kept = [tensor.clone() for tensor in ours.state], ours.counts
         found, expected = ours.update(keys, values), theirs.update(keys, values)
         for mine, other in zip(found, expected, strict=True):
             assert torch.equal(mine.sort(2).values, other.sort(2).values)
-        before = [ours.keys.clone(), ours.counts]
         if num_tokens == 1:  # once more, as a step is run again
-            ours.undo_step()
+            state, counts = kept
+            after = [ours.keys.clone(), ours.counts]
+            for tensor, value in zip(ours.state, state, strict=True):
+                tensor.copy_(value)
+            ours.counts = counts
             ours.update(keys, values)
-            assert torch.equal(ours.keys, before[0])
-            assert ours.counts == before[1]
+            assert torch.equal(ours.keys, after[0])
+            assert ours.counts == after[1]
     assert ours.get_seq_length() == theirs.get_seq_length() == 16
 
 

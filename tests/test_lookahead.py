@@ -112,7 +112,7 @@ def test_depth_is_how_many_layers_are_asked(pack: Path, depth: int) -> None:
     with loaded(pack, [8] * NUM_LAYERS, prefetch=depth) as model:
         lookahead = model._meter._lookahead
         asked: list[int] = []
-        lookahead._residency.prefetch = lambda layer_idx, experts: asked.append(layer_idx)  # type: ignore[method-assign]
+        lookahead._prefetch = lambda layer_idx, target_idx, ids: asked.append(target_idx)  # type: ignore[method-assign]
         decode(model, 2)
         # Each layer asks as far ahead as the depth reaches, again where the layer before has asked from further away.
         assert asked == {1: [1, 2], 2: [1, 2, 2], 5: [1, 2, 2]}[depth]

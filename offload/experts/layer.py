@@ -13,13 +13,14 @@ from moe_offload.errors import ConfigError
 from moe_offload.offload.experts.host_step import HostStep
 from moe_offload.offload.experts.host_values import to_host
 from moe_offload.offload.experts.landing import StepAhead
-from moe_offload.offload.experts.lookahead import Prediction
+from moe_offload.offload.experts.lookahead import Fetched, Prediction
 from moe_offload.offload.experts.pair_outputs import ExpertFn, PairOutputs, compute_pairs, stretches
 from moe_offload.offload.experts.peers import Answers, Call
 from moe_offload.offload.experts.residency import ComputeTogether, Residency
 from moe_offload.offload.experts.slot_experts import ABSENT, MOST_STEP_ROWS, SlotExperts, SlotRows, SlotStep
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts
 from moe_offload.offload.graphs.recorder import RecordingError
+from moe_offload.offload.graphs.routing_record import Routing
 from moe_offload.offload.graphs.step_recording import StepRecording
 from moe_offload.quant.moe_layer import MoeStep
 
@@ -34,8 +35,8 @@ class Predictor(Protocol):
     What it has to ask a device for first, and wait for, can be brought to the host together with that choice.
     """
 
-    def ask(self, layer_idx: int) -> Iterable[Prediction]: ...
-    def fetched(self, layer_idx: int, predictions: Sequence[Prediction]) -> None: ...
+    def ask(self, layer_idx: int, *, here_only: bool = False) -> Iterable[Prediction]: ...
+    def fetched(self, layer_idx: int, predictions: Sequence[Fetched]) -> None: ...
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
     def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None: ...
 
@@ -232,7 +233,7 @@ class ExpertLayer:
                 self.layer_idx,
                 self.num_experts,
                 *(hidden_states, top_k_index, top_k_weights),
-                eager=partial(self._routed, hidden_states, top_k_index, top_k_weights, expert_fn, parts),
+                eager=partial(self._computed, hidden_states, top_k_index, top_k_weights, expert_fn, parts),
                 on_slots=None if on_slots is None or on_slots.kernels.reads_slots else on_slots.compute,
             )
         num_tokens, top_k = top_k_index.shape
@@ -257,18 +258,29 @@ class ExpertLayer:
         observer = self._residency.observer
         if observer is not None:
             observer.begin_layer(self.layer_idx, top_k_index, top_k_weights)
-        on_slots = self._slot_experts(parts)
-        if on_slots is not None:
-            result = self._routed_slots(on_slots, hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-        elif top_k_index.shape[0] != 1:
-            result = self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-        elif parts is not None and MoeStep.takes(hidden_states):
-            result = self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
-        else:
-            result = self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn)
+        result = self._computed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
         if observer is not None:
             observer.end_layer()
         return result
+
+    def _computed(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+        parts: MlpParts | None,
+        known: Routing | None = None,
+    ) -> torch.Tensor:
+        """``known``: index and weights, where they have come to the host already."""
+        on_slots = self._slot_experts(parts)
+        if on_slots is not None:
+            return self._routed_slots(on_slots, hidden_states, top_k_index, top_k_weights, expert_fn, parts, known)
+        if top_k_index.shape[0] != 1:
+            return self._routed_tokens(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
+        if parts is not None and MoeStep.takes(hidden_states):
+            return self._routed_packed(hidden_states, top_k_index, top_k_weights, expert_fn, parts)
+        return self._routed_token(hidden_states, top_k_index, top_k_weights, expert_fn, known)
 
     def _slot_experts(self, parts: MlpParts | None) -> SlotExperts | None:
         """The layer's experts as kernels compute them that are told slots; None where there are none such."""
@@ -287,6 +299,7 @@ class ExpertLayer:
         top_k_weights: torch.Tensor,
         expert_fn: ExpertFn,
         parts: MlpParts | None,
+        known: Routing | None,
     ) -> torch.Tensor:
         """On a device: those that are there in one call, then those that have come meanwhile."""
         num_tokens, top_k = top_k_index.shape
@@ -295,7 +308,8 @@ class ExpertLayer:
         miss_path, host = self._residency.miss_path, None
         if miss_path is not None and parts is not None:  # before the choice: then one wait brings both
             host = miss_path.begin(self.layer_idx, hidden_states, top_k_index, expert_fn, parts)
-        index, weights = self._values(top_k_index.reshape(-1), top_k_weights.reshape(-1))
+        both = (top_k_index.reshape(-1), top_k_weights.reshape(-1))
+        index, weights = self._values(*both) if known is None else known.pairs
         is_expert = [expert_idx < self.num_experts for expert_idx in index]
         weight_of: dict[int, float] = {}
         for expert_idx, weight, counts in zip(index, weights, is_expert, strict=True):
@@ -390,10 +404,15 @@ class ExpertLayer:
         )
 
     def _routed_token(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, expert_fn: ExpertFn
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        expert_fn: ExpertFn,
+        known: Routing | None,
     ) -> torch.Tensor:
         """A decode step: so few pairs that tensors to sort and gather them would cost more than they hold."""
-        index, weights = self._values(top_k_index[0], top_k_weights[0])
+        index, weights = self._values(top_k_index[0], top_k_weights[0]) if known is None else known.pairs
         weight_of = {e: weight for e, weight in zip(index, weights, strict=True) if e < self.num_experts}
         outputs: dict[int, torch.Tensor] = {}
 
@@ -476,8 +495,10 @@ class ExpertLayer:
         index, weights, *choices = to_host([index, weights, *(choice for _, choice in asked)])
         predictor = self._step.predictor
         if asked and predictor is not None:
-            targets = [target_idx for target_idx, _ in asked]
-            predictor.fetched(self.layer_idx, list(zip(targets, choices, strict=True)))
+            ids = [choice.reshape(-1).tolist() for choice in choices]
+            predictor.fetched(
+                self.layer_idx, [(target_idx, own) for (target_idx, _), own in zip(asked, ids, strict=True)]
+            )
         return index.tolist(), weights.tolist()
 
     def _asked_ahead(self) -> list[Prediction]:

@@ -8,7 +8,7 @@ a router that no norm feeds takes the residual itself.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,8 @@ class _RouterSite:
 
 Prediction = tuple[int, torch.Tensor]
 """A later layer, and the experts ``[T, K]`` that its router chose ahead of time, best first."""
+Fetched = tuple[int, Sequence[int]]
+"""The same on the host, the experts of one token after the other."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class _Pass(threading.local):
     def __init__(self) -> None:
         self.depth = 0
         self.residuals: dict[int, torch.Tensor] = {}  # layer_idx -> what its router's norm was given
-        self.fetched: dict[int, list[Prediction]] = {}  # layer_idx -> what was predicted there, and is on the host
+        self.fetched: dict[int, Sequence[Fetched]] = {}  # layer_idx -> what was predicted there
         self.predicted: dict[int, set[int]] = {}
+        self.foresaw_misses = False
 
 
 class Lookahead:
@@ -211,9 +214,9 @@ class Lookahead:
             if index is not None:
                 yield target_idx, index
 
-    def fetched(self, layer_idx: int, predictions: Sequence[Prediction]) -> None:
+    def fetched(self, layer_idx: int, predictions: Sequence[Fetched]) -> None:
         """What `ask` gave, or a recording of it, has come to the host: the next `after_routing` goes by it."""
-        self._pass.fetched[layer_idx] = list(predictions)
+        self._pass.fetched[layer_idx] = predictions
 
     def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Compare with what was predicted for this layer, then predict and prefetch for the next ones."""
@@ -222,22 +225,33 @@ class Lookahead:
         if predicted is not None:
             self._residency.cancel_prefetches(layer_idx, expert_ids)
             self._count(predicted, expert_ids)
-        fetched = here.fetched.pop(layer_idx, None)
-        for target_idx, index in self.ask(layer_idx) if fetched is None else fetched:
-            self._prefetch(layer_idx, target_idx, index)
+        fetched: Iterable[Fetched] | None = here.fetched.pop(layer_idx, None)
+        if fetched is None:
+            fetched = ((target_idx, index.reshape(-1).tolist()) for target_idx, index in self.ask(layer_idx))
+        for target_idx, ids in fetched:
+            self._prefetch(layer_idx, target_idx, ids)
 
-    def _prefetch(self, layer_idx: int, target_idx: int, index: torch.Tensor) -> None:
+    def foresaw_misses(self) -> bool:
+        """Whether anything that this thread has predicted since it last asked was in no slot."""
+        here = self._pass
+        foresaw, here.foresaw_misses = here.foresaw_misses, False
+        return foresaw
+
+    def _prefetch(self, layer_idx: int, target_idx: int, ids: Sequence[int]) -> None:
         if self._guess is not None:
-            index = torch.tensor([self._guess(layer_idx, target_idx)])
-        num_experts = self._sites[target_idx].num_experts
-        chosen = [e for e in dict.fromkeys(index.reshape(-1).tolist()) if 0 <= e < num_experts]
-        predicted = self._pass.predicted
-        if target_idx in predicted:  # from further away: this layer's residual knows better
+            ids = self._guess(layer_idx, target_idx)
+        site, predicted, cache = self._sites[target_idx], self._pass.predicted, self._residency.cache
+        chosen = [e for e in dict.fromkeys(ids) if 0 <= e < site.num_experts]
+        was_predicted = target_idx in predicted
+        if was_predicted:  # from further away: this layer's residual knows better
             self._residency.cancel_prefetches(target_idx, chosen)
         predicted[target_idx] = set(chosen)
         if (observer := self._residency.observer) is not None:
-            observer.predicted(layer_idx, target_idx, chosen, index)
-        self._residency.prefetch(target_idx, chosen)
+            observer.predicted(layer_idx, target_idx, chosen, torch.tensor(ids).view(-1, site.top_k))
+        missing = cache.missing(target_idx, chosen)
+        self._pass.foresaw_misses |= bool(missing)
+        if missing or was_predicted:
+            self._residency.prefetch(target_idx, chosen)
 
     def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Let the disk go on with the next layer when it is done with this one, while this one is computed."""

@@ -227,22 +227,28 @@ class StepClock:
         self._record: list[Callable[[float, int], None]] = []
         self._begin_s: float | None = None
         self._num_missed = 0
+        self._is_odd = False
         model.register_forward_pre_hook(self._before)
 
     def tell(self, tuners: Iterable[StepTuner[Any]]) -> None:
         """Let these know of every step from now on."""
         self._record += [tuner.record for tuner in tuners]
 
+    def pass_over(self) -> None:
+        """The step under way does what others do not, such as being recorded: its time tells nothing of them."""
+        self._is_odd = True
+
     @property
     def elapsed_s(self) -> float:
-        """Of the decode step under way; 0 in a prompt."""
-        return 0.0 if self._begin_s is None else time.perf_counter() - self._begin_s
+        """Of the decode step under way; 0 in a prompt, and in a step that is passed over."""
+        return 0.0 if self._begin_s is None or self._is_odd else time.perf_counter() - self._begin_s
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         now_s = time.perf_counter()
         if self._record and self._begin_s is not None and not self._is_prefill():
             num_missed = self._count_missed()
-            for record in self._record:
+            for record in () if self._is_odd else self._record:
                 record(now_s - self._begin_s, num_missed - self._num_missed)
             self._num_missed = num_missed
+        self._is_odd = False
         self._begin_s = None if self._is_prefill() else now_s

@@ -1,150 +1,26 @@
-"""Keys and values of one answer after the other, in memory that stays where it is.
-
-Layers are transformers' static ones. They differ in where their memory comes from, and in that a step of one token can
-be undone: what it wrote is where a second run of the step writes it, once the lengths are counted back.
-"""
+"""The cache of one answer after the other: keys, values and states in memory that stays where it is."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from moe_offload.offload.graphs.answer_layers import (
+    AnswerLayer,
+    AnswerNothing,
+    AnswerState,
+    AnswerWindow,
+    Counts,
+    KeptMemory,
+)
 
 SMALLEST_TOKENS = 256
 _ALIGNED_TOKENS = 8  # attention kernels want masks whose rows begin at multiples of 16 bytes
-
-
-class KeptMemory:
-    """The keys and values of all layers, enough for the longest text; shorter caches use its beginning."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._tensors: dict[tuple[int, str], torch.Tensor] = {}
-
-    def take(self, place: tuple[int, str], wanted: torch.Tensor, largest_tokens: int) -> torch.Tensor:
-        """Zeros in the shape of ``wanted [B, heads, tokens, dim]``, always at the same address."""
-        tensor = self._tensors.get(place)
-        num_values = wanted.numel() // wanted.shape[2] * largest_tokens
-        if tensor is None or tensor.numel() < num_values or tensor.dtype != wanted.dtype:
-            tensor = self._tensors[place] = wanted.new_zeros(num_values)
-        return tensor[: wanted.numel()].view(wanted.shape).zero_()
-
-
-class AnswerLayer(StaticLayer):  # type: ignore[misc]
-    """Full attention."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, memory: KeptMemory, layer_idx: int, max_cache_len: int) -> None:
-        super().__init__(max_cache_len=max_cache_len)
-        self._memory, self._layer_idx = memory, layer_idx
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """As transformers', in the memory that stays."""
-        super().lazy_initialization(key_states, value_states)
-        self.keys = self._memory.take((self._layer_idx, "keys"), self.keys, self._memory.max_tokens)
-        self.values = self._memory.take((self._layer_idx, "values"), self.values, self._memory.max_tokens)
-
-    @property
-    def phase(self) -> str:
-        """Steps of one phase do the same on the device."""
-        return "full attention"
-
-    counts = (0, 0)
-    """What the host knows of the lengths."""
-
-    def count_step(self) -> None:
-        """A step that is replayed adds a token on the device: know it on the host too."""
-
-    def undo_step(self) -> None:
-        """Take back the last step, which was one of one token."""
-        self.cumulative_length.sub_(1)
-
-
-class AnswerWindow(StaticSlidingWindowLayer):  # type: ignore[misc]
-    """A window of attention. Once it is full, a single token takes the oldest one's place, and nothing moves.
-
-    Keys carry their positions, so a full window may lie in any order as long as all of it is seen, as one token does.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def __init__(self, memory: KeptMemory, layer_idx: int, max_cache_len: int, sliding_window: int) -> None:
-        super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
-        self._memory, self._layer_idx = memory, layer_idx
-        self._largest_tokens = min(sliding_window, memory.max_tokens)
-        self._replaced = torch.zeros(1, dtype=torch.int64)  # tokens that have taken another's place
-        self._num_replaced = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """As transformers', in the memory that stays."""
-        super().lazy_initialization(key_states, value_states)
-        self.keys = self._memory.take((self._layer_idx, "keys"), self.keys, self._largest_tokens)
-        self.values = self._memory.take((self._layer_idx, "values"), self.values, self._largest_tokens)
-        self._replaced = self._replaced.to(self.device)
-
-    @property
-    def _is_full(self) -> bool:
-        return bool(self.cumulative_length_int >= self.max_cache_len)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As transformers', but for a single token in a full window."""
-        if self._is_full and key_states.shape[-2] == 1:
-            place = self._replaced % self.max_cache_len
-            self._replaced.add_(1)
-            self._num_replaced += 1
-            self.cumulative_length_int += 1
-            self.keys.index_copy_(2, place, key_states)
-            self.values.index_copy_(2, place, value_states)
-            return self.keys, self.values
-        if self._num_replaced:  # transformers' code wants the oldest first
-            for tensor in (self.keys, self.values):
-                tensor.copy_(tensor.roll(-(self._num_replaced % self.max_cache_len), dims=2))
-            self._replaced.zero_()
-            self._num_replaced = 0
-        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return updated
-
-    @property
-    def phase(self) -> str:
-        """Steps of one phase do the same on the device."""
-        return "full window" if self._is_full else "window"
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """What the host knows of the lengths."""
-        return self.cumulative_length_int, self._num_replaced
-
-    @counts.setter
-    def counts(self, counts: tuple[int, int]) -> None:
-        self.cumulative_length_int, self._num_replaced = counts
-
-    def count_step(self) -> None:
-        """A step that is replayed adds a token on the device: know it on the host too."""
-        self._num_replaced += self._is_full
-        self.cumulative_length_int += 1
-
-    def undo_step(self) -> None:
-        """Take back the last step, which was one of one token."""
-        self.cumulative_length_int -= 1
-        if self._is_full:
-            self._num_replaced -= 1
-            self._replaced.sub_(1)
-        else:
-            self.cumulative_length.sub_(1)
-
-    def reset(self) -> None:
-        """Nothing is in it."""
-        super().reset()
-        self._replaced.zero_()
-        self._num_replaced = 0
+_KINDS = ("full_attention", "sliding_attention", "linear_attention", "conv", "dummy")
 
 
 class AnswerCache(StaticCache):  # type: ignore[misc]
@@ -154,25 +30,27 @@ class AnswerCache(StaticCache):  # type: ignore[misc]
         """For a config that is `supported`."""
         super().__init__(config=config, max_cache_len=max_tokens)
         kinds = zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)), strict=True)
-        self.layers = [
-            AnswerLayer(memory, layer_idx, max_tokens)
-            if kind == "full_attention"
-            else AnswerWindow(memory, layer_idx, max_tokens, kwargs["sliding_window"])
-            for layer_idx, (kind, kwargs) in enumerate(kinds)
-        ]
+        self.layers = [_layer(kind, kwargs, memory, idx, max_tokens) for idx, (kind, kwargs) in enumerate(kinds)]
+        self._memory = memory
+        self._kept_counts: list[Counts] = []
 
     @staticmethod
     def supported(config: PreTrainedConfig) -> bool:
-        """Whether all of the model's layers attend in full or in a sliding window, and to nothing but their text."""
+        """Whether all layers attend in full, in a sliding window or by a state, and to nothing but their text."""
         if config.is_encoder_decoder:
             return False
         kinds, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        return set(kinds) <= {"full_attention", "sliding_attention"}
+        return set(kinds) <= set(_KINDS)
 
     @property
     def phase(self) -> tuple[str, ...]:
         """A step recorded in one phase is good for all of it."""
         return tuple(layer.phase for layer in self.layers)
+
+    def count_step(self) -> None:
+        """A step that is replayed adds a token to every layer on the device: know it on the host too."""
+        for layer in self.layers:
+            layer.count_step()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -181,18 +59,35 @@ class AnswerCache(StaticCache):  # type: ignore[misc]
         try:
             yield
         finally:
-            for layer, count in zip(self.layers, counts, strict=True):
+            self._set_counts(counts)
+
+    def keep(self) -> None:
+        """Before a step of one token that may be undone: lengths and states are copied, in a few launches."""
+        state = self._state()
+        torch._foreach_copy_(self._memory.spare(state), state)
+        self._kept_counts = [layer.counts for layer in self.layers]
+
+    def undo(self) -> None:
+        """Take back the step since `keep`, on the device and on the host, however much of it has run."""
+        state = self._state()
+        torch._foreach_copy_(state, self._memory.spare(state))
+        self._set_counts(self._kept_counts)
+
+    def _state(self) -> list[torch.Tensor]:
+        return [tensor for layer in self.layers for tensor in layer.state]
+
+    def _set_counts(self, counts: list[Counts]) -> None:
+        for layer, count in zip(self.layers, counts, strict=True):
+            if count:
                 layer.counts = count
 
-    def count_step(self) -> None:
-        """A step that is replayed adds a token to every layer on the device: know it on the host too."""
-        for layer in self.layers:
-            layer.count_step()
 
-    def undo_step(self) -> None:
-        """Take back the last step, which was one of one token, on the device and on the host."""
-        for layer in self.layers:
-            layer.undo_step()
+def _layer(kind: str, kwargs: Mapping[str, Any], memory: KeptMemory, layer_idx: int, max_tokens: int) -> Any:
+    if kind == "full_attention":
+        return AnswerLayer(memory, layer_idx, max_tokens)
+    if kind == "sliding_attention":
+        return AnswerWindow(memory, layer_idx, max_tokens, kwargs["sliding_window"])
+    return AnswerNothing() if kind == "dummy" else AnswerState(memory, layer_idx, kwargs["number_of_states"])
 
 
 class AnswerCaches:

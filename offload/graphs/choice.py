@@ -1,6 +1,5 @@
 """Whether a model's decode steps run from CUDA graphs, and everything that takes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from moe_offload.offload.experts.layer import StepState
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.graphs.answer_cache import AnswerCache, AnswerCaches
 from moe_offload.offload.graphs.cuda_recorder import CudaRecorder
-from moe_offload.offload.graphs.graphed_forward import GraphedForward
+from moe_offload.offload.graphs.graphed_forward import Clock, GraphedForward, StepLookahead
 from moe_offload.offload.graphs.recorder import Recorder
 from moe_offload.offload.graphs.routing_record import RoutingRecord
 from moe_offload.offload.graphs.slot_table import SlotTable
@@ -62,12 +61,14 @@ def decode_graphs(
     *,
     context_tokens: int,
     top_k: int,
-    is_plain: Callable[[], bool],
+    lookahead: StepLookahead,
+    most_ahead: int,
+    clock: Clock,
 ) -> DecodeGraphs:
     """Set up recordings as ``graphs`` (one of `GRAPHS`) asks; `ConfigError` if they are asked for and cannot be had.
 
     A model of which steps can be recorded has the same caches with graphs off, so that its logits are the same to the
-    bit. ``is_plain``: see `GraphedForward`.
+    bit. ``most_ahead``: how many layers a step may look ahead.
     """
     recorder = make_recorder(model.device)
     why_not = _why_not(model, residency, tier, recorder)
@@ -81,8 +82,8 @@ def decode_graphs(
     num_experts = [residency.cache.num_experts(layer_idx) for layer_idx in range(residency.cache.num_layers)]
     table = SlotTable(num_experts, model.device, tier.slot_order())
     residency.slot_listener = table
-    record = RoutingRecord(len(num_experts), top_k, model.device)
-    forward = GraphedForward(model, step, residency, table, recorder, record, caches, is_plain=is_plain)
+    record = RoutingRecord(len(num_experts), top_k, model.device, num_ahead=most_ahead)
+    forward = GraphedForward(model, step, residency, table, recorder, record, caches, lookahead, clock)
     return DecodeGraphs(caches, forward, table)
 
 
@@ -99,7 +100,7 @@ def _why_not(model: Any, residency: Residency, tier: ComputeTier, recorder: Reco
     if residency.peers is not None:
         return "other processes hold some of the experts"
     if not AnswerCache.supported(model.config):
-        return f"{type(model).__name__} keeps other states than keys and values"
+        return f"{type(model).__name__} keeps something in its cache that has no place that stays"
     if not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers does not call {type(model).__name__} one that can be compiled as a whole"
     return None

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -16,37 +17,74 @@ class CudaRecorder:
         """``device``: "cuda:N"."""
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._mark = torch.zeros(1, device=device)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """On a stream of its own, which the pieces are not bound to: they are replayed on any."""
-        gc.collect()  # what is thrown away during a capture may do what a capture forbids
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
+            with _uncollected(), torch.cuda.stream(self._stream):
+                self._open_pool()
                 yield
         except RuntimeError as error:  # torch's: "operation not permitted when stream is capturing", and its kin
             raise RecordingError(str(error).splitlines()[0]) from error
         finally:
-            if self._graph is not None:  # ended in the middle of a piece
-                with contextlib.suppress(RuntimeError), torch.cuda.stream(self._stream):
-                    self._graph.capture_end()
-                self._graph = None
+            if self._graph is not None:
+                self._give_up(self._graph)
             current.wait_stream(self._stream)
 
     def begin(self) -> None:
         """Other threads go on copying and allocating: only this thread's mistakes end the capture."""
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._graph = graph
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> Replay:
         """The graph, ready to be launched on the current stream of whoever replays it."""
         graph = self._graph
         assert graph is not None, "a piece was begun"
-        self._graph = None
         graph.capture_end()
+        self._graph = None
         return graph.replay
+
+    def _open_pool(self) -> None:
+        """A pool whose last graph is gone cannot be captured into again: one graph stays for as long as the pool."""
+        if self._pool is not None:
+            return
+        self._mark.zero_()
+        self._pool = torch.cuda.graph_pool_handle()
+        self.begin()
+        self._mark.zero_()
+        self._kept.append(self._graph)  # type: ignore[arg-type]
+        self.end()
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture in the middle of its piece: after a mistake, or Ctrl-C at any place."""
+        self._graph = None
+        with torch.cuda.stream(self._stream):
+            if not torch.cuda.is_current_stream_capturing():
+                return
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                # torch does not get to telling its allocator, which goes on filling the pool, and asks the graph which
+                # allocations are its own: end that, do not use the pool again, and let the graph live.
+                self._kept.append(graph)
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                self._pool = None
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected on this thread meanwhile: freeing it may do what a capture forbids."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
