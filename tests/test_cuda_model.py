@@ -118,7 +118,7 @@ def test_one_copy_brings_ids_weights_and_predictions(dtype: torch.dtype):
 def test_a_step_that_looks_ahead_waits_once_a_layer(pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
     """All that comes to the host in a decode step is what its routers chose, and with it what later ones will."""
     waits: list[int] = []
-    brought: list[torch.Tensor] = []  # kept, so that no other tensor is taken for one of them
+    brought: list[torch.Tensor] = []
 
     def counted(tensors: Any) -> list[torch.Tensor]:
         waits.append(len(tensors))
@@ -131,9 +131,9 @@ def test_a_step_that_looks_ahead_waits_once_a_layer(pack: Path, load: Load, monk
     lookahead = model._meter._lookahead
     prefetch = lookahead._prefetch
 
-    def without_waiting(layer_idx: int, target_idx: int, index: torch.Tensor) -> None:
-        assert any(index is tensor for tensor in brought), "it would be waited for once more"
-        prefetch(layer_idx, target_idx, index)
+    def without_waiting(layer_idx: int, target_idx: int, ids: list[int]) -> None:
+        assert any(ids == tensor.reshape(-1).tolist() for tensor in brought), "it would be waited for once more"
+        prefetch(layer_idx, target_idx, ids)
 
     monkeypatch.setattr(lookahead, "_prefetch", without_waiting)
     monkeypatch.setattr(expert_layer, "to_host", counted)
