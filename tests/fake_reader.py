@@ -8,7 +8,7 @@ import torch
 from fake_device import RUBBISH, FakeDevice
 
 from moe_offload.errors import ExpertReadError
-from moe_offload.offload.streaming.reader import ReadCancelledError
+from moe_offload.offload.streaming.reader import ReadCancelledError, ReadWatcher
 
 OnDone = Callable[[BaseException | None], None]
 
@@ -25,6 +25,9 @@ class FakeRead:
         self.key, self.into, self.speculative, self.on_done, self.source = key, into, speculative, on_done, source
         self.cancelled = False
         self.pieces_left = 2
+        self.watcher: ReadWatcher | None = None
+        self.rereads = 0
+        self.is_damaged = False
 
     def cancel(self) -> bool:
         if self.speculative and self.pieces_left:
@@ -37,12 +40,20 @@ class FakeRead:
 
 
 class FakeReader:
-    """Reads ``blobs[layer_idx, expert_idx]``; a share of the reads fails. Stands in for an `ExpertReader`."""
+    """Reads ``blobs[layer_idx, expert_idx]``. Stands in for an `ExpertReader`.
+
+    A share of the reads fails, and a share brings wrong bytes at the first try, which its end finds out.
+    """
 
     def __init__(
-        self, blobs: Mapping[tuple[int, int], bytes], device: FakeDevice, seed: int = 0, failing: float = 0.0
+        self,
+        blobs: Mapping[tuple[int, int], bytes],
+        device: FakeDevice,
+        seed: int = 0,
+        failing: float = 0.0,
+        damaged: float = 0.0,
     ) -> None:
-        self.blobs, self.device, self.failing = blobs, device, failing
+        self.blobs, self.device, self.failing, self.damaged = blobs, device, failing, damaged
         self.random = random.Random(seed)
         self.reads: list[FakeRead] = []
         self.log: list[tuple[int, int, bool]] = []
@@ -67,6 +78,7 @@ class FakeReader:
         data = torch.frombuffer(into, dtype=torch.uint8)
         memory = None if source is None else torch.frombuffer(source, dtype=torch.uint8)
         read = FakeRead((layer_idx, expert_idx), data, speculative, on_done, memory)
+        read.is_damaged = source is None and self.damaged > 0 and self.random.random() < self.damaged
         self.reads.append(read)
         (self.log if source is None else self.from_memory).append((layer_idx, expert_idx, speculative))
         return read
@@ -83,19 +95,24 @@ class FakeReader:
         if read.cancelled:
             self._end(read, ReadCancelledError("cancelled"))
         elif read.pieces_left:
-            self.device.disk_writes(read.into)
             half = read.into.numel() // 2
+            chunk = range(half, read.into.numel()) if read.pieces_left == 2 else range(half)
+            into = read.into[chunk.start : chunk.stop]
+            self.device.disk_writes(into)
             blob = torch.frombuffer(bytearray(self.blobs[read.key]), dtype=torch.uint8)
             if read.source is not None:
                 blob = read.source  # as it is now: if it is wrong, so is what comes of it
-            if read.pieces_left == 2:
-                read.into.fill_(RUBBISH)
-                read.into[half:] = blob[half:]
-            else:
-                read.into[:half] = blob[:half]
+            into.copy_(blob[chunk.start : chunk.stop])
+            if read.is_damaged:
+                into.fill_(RUBBISH)
             read.pieces_left -= 1
+            if read.watcher is not None:
+                read.watcher.chunk_landed(chunk)
+        elif read.is_damaged:
+            if read.watcher is not None:
+                read.watcher.begins_again()
+            read.is_damaged, read.pieces_left, read.rereads = False, 2, 1
         elif self.random.random() < self.failing:
-            read.into.fill_(RUBBISH)
             self._end(read, ExpertReadError(f"expert {read.key[1]} of layer {read.key[0]} could not be read"))
         else:
             self.bytes_read += read.into.numel() if read.source is None else 0

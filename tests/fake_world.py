@@ -87,6 +87,7 @@ class World:
         num_host_staging_slots: int = 2,
         seed: int = 0,
         failing: float = 0.0,
+        damaged: float = 0.0,
         page_lock: FakePageLock | None = None,
         num_devices: int = 1,
     ) -> None:
@@ -102,7 +103,7 @@ class World:
             for layer_idx, layer in enumerate(manifest.layers)
             for expert_idx in range(layer.num_experts)
         }
-        self.reader = FakeReader(self.blobs, self.device, seed, failing)
+        self.reader = FakeReader(self.blobs, self.device, seed, failing, damaged)
         world = self
 
         class PumpedQueue:

@@ -14,13 +14,14 @@ from moe_offload.offload.tiers.cuda_tier import CudaTier
 from moe_offload.offload.tiers.device_slot import DeviceSlot
 from moe_offload.offload.tiers.host_slots import HostSlots
 from moe_offload.offload.tiers.lender import LentExpert
+from moe_offload.offload.tiers.slot_copy import SlotCopy
 from moe_offload.offload.tiers.staging_ring import StagingRing
 
 SEEDS_PER_TEST = 50
 _lend = CudaTier.lend
 
 
-def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> World:
+def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0, damaged: float = 0.0) -> World:
     """Small enough that slots are always short somewhere."""
     draw = random.Random(seed)
     num_layers = draw.randint(1, 3)
@@ -38,6 +39,7 @@ def random_world(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0) -> 
         page_lock=FakePageLock(draw.choice([None, None, 0, 16 * PAGE, 24 * PAGE])),
         seed=seed,
         failing=failing,
+        damaged=damaged,
     )
 
 
@@ -95,8 +97,10 @@ def random_prefetch(world: World) -> None:
         world.residency.prefetch(layer_idx, guess)
 
 
-def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0, *, on_cpu: bool = False) -> World:
-    world = random_world(patch, seed, failing)
+def random_run(
+    patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0, damaged: float = 0.0, *, on_cpu: bool = False
+) -> World:
+    world = random_world(patch, seed, failing, damaged)
     for _ in range(12):
         for device in world.devices:
             device.current = world.random.choice(["compute", "compute", "another stream"])
@@ -110,13 +114,13 @@ def random_run(patch: pytest.MonkeyPatch, seed: int, failing: float = 0.0, *, on
 
 
 @pytest.mark.parametrize("block", range(8))
-@pytest.mark.parametrize("failing", [0.0, 0.1])
+@pytest.mark.parametrize(("failing", "damaged"), [(0.0, 0.0), (0.1, 0.2)])
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_kernels_see_their_experts(block: int, failing: float, on_cpu: bool):
+def test_kernels_see_their_experts(block: int, failing: float, damaged: float, on_cpu: bool):
     num_checked = 0
     for seed in range(block * SEEDS_PER_TEST, (block + 1) * SEEDS_PER_TEST):
         with pytest.MonkeyPatch.context() as patch:
-            world = random_run(patch, seed, failing, on_cpu=on_cpu)
+            world = random_run(patch, seed, failing, damaged, on_cpu=on_cpu)
             world.finish()
             world.check()
             assert all(device.is_idle for device in world.devices)
@@ -152,7 +156,7 @@ def test_closing_in_flight(block: int):
                 world.tier.host.fetch(0, 0, speculative=False, keep=True, landed=print, failed=print)
 
 
-def _nothing(slot: DeviceSlot) -> None:
+def _nothing(_: object) -> None:
     pass
 
 
@@ -172,6 +176,10 @@ def _release_now(slots: HostSlots, lease: Any, event: Any) -> None:
     slots.release(lease)
 
 
+def _nothing_has_flowed(copy: SlotCopy) -> None:
+    return None
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "broken"),
     [
@@ -180,14 +188,17 @@ def _release_now(slots: HostSlots, lease: Any, event: Any) -> None:
         (StagingRing, "give_back_after", _give_back_now),
         (HostSlots, "release_after", _release_now),
         (CudaTier, "lend", _lend_only_a_look),
+        (SlotCopy, "flow_again", _nothing),
+        (SlotCopy, "last_copy", _nothing_has_flowed),
     ],
 )
 def test_a_missing_order_is_found(owner: type, method: str, broken: Callable[..., None]):
-    """Each of the five orders that this file is about is needed, and runs without it do not pass."""
+    """Each of the orders that this file is about is needed, and runs without it do not pass."""
+    faults = (0.3, 0.3) if owner is SlotCopy else (0.0, 0.0)
     for seed in range(SEEDS_PER_TEST):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, method, broken)
-            world = random_run(patch, seed, on_cpu=owner is CudaTier)
+            world = random_run(patch, seed, *faults, on_cpu=owner is CudaTier)
             world.finish()
         if world.wrong or world.hazards:
             return

@@ -119,6 +119,85 @@ def test_a_damaged_expert_is_damaged_each_time(reader, slab, disk, pack):
             read(reader, slab)
 
 
+class Watcher:
+    """Notes what a read tells of its chunks, and copies them at once."""
+
+    def __init__(self, memory, fails_at=None):
+        self.memory, self.fails_at = memory, fails_at
+        self.copied = bytearray(SLOT_BYTES)
+        self.chunks, self.times_again = [], 0
+        self.lock = threading.Lock()
+
+    def chunk_landed(self, chunk):
+        with self.lock:
+            self.chunks.append(chunk)
+            if len(self.chunks) == self.fails_at:
+                raise ValueError("cannot take it")
+            self.copied[chunk.start : chunk.stop] = self.memory[chunk.start : chunk.stop]
+
+    def begins_again(self):
+        self.times_again += 1
+        self.chunks.clear()
+        self.copied[:] = bytes(SLOT_BYTES)
+
+
+def watched(reader, slab, **kwargs):
+    """What a watcher knew of a read when that was done, and its error."""
+    watcher = Watcher(slab.memory(0), **kwargs)
+    told, is_watched, read_chunk = [], threading.Event(), reader._read_chunk
+
+    def read_watched(*args):
+        assert is_watched.wait(TIMEOUT_S)
+        return read_chunk(*args)
+
+    reader._read_chunk = read_watched
+    read = reader.submit(
+        1, 2, slab.memory(0), on_done=lambda error: told.append((list(watcher.chunks), bytes(watcher.copied), error))
+    )
+    read.watcher = watcher
+    is_watched.set()
+    assert read.settled.wait(TIMEOUT_S)
+    assert read.watcher is None
+    ((chunks, copied, error),) = told
+    assert chunks == watcher.chunks, "nothing is told of a read that is done"
+    return watcher, sorted(chunk.start for chunk in chunks), copied, error
+
+
+def test_whoever_watches_hears_of_every_chunk_before_the_end(reader, slab, disk):
+    disk.delay_reads(0.002)
+    _, starts, copied, error = watched(reader, slab)
+    assert error is None
+    assert starts == list(range(0, SLOT_BYTES, 4096))
+    assert copied == expected(1, 2)
+
+
+def test_what_was_damaged_lands_again(reader, slab, disk, pack):
+    disk.delay_reads(0.002)
+    disk.flip_byte(FILE, pack[1].layers[1].experts[2].offset_bytes + 9000, times=1)
+    watcher, starts, copied, error = watched(reader, slab)
+    assert error is None
+    assert watcher.times_again == 1
+    assert starts == list(range(0, SLOT_BYTES, 4096))
+    assert copied == expected(1, 2)
+
+
+def test_a_watcher_hears_of_no_chunk_that_was_not_read(reader, slab, disk, pack):
+    disk.delay_reads(0.002)
+    disk.fail_reads(FILE, offset_bytes=pack[1].layers[1].experts[2].offset_bytes + 5 * 4096, size_bytes=1)
+    _, starts, _, error = watched(reader, slab)
+    assert isinstance(error, ExpertReadError)
+    assert 5 * 4096 not in starts
+
+
+def test_a_watcher_that_raises(reader, slab, disk):
+    disk.delay_reads(0.002)
+    *_, error = watched(reader, slab, fails_at=4)
+    assert isinstance(error, ExpertReadError)
+    assert "cannot take it" in str(error)
+    assert all_alive(reader)
+    read(reader, slab)
+
+
 def test_a_truncated_shard(reader, slab, disk, pack):
     spec = pack[1].layers[1].experts[2]
     disk.truncate(FILE, spec.offset_bytes + 5000)

@@ -19,6 +19,16 @@ class ReadCancelledError(MoeOffloadError):
     """The read was speculative and has been cancelled; nothing writes into its slot any more."""
 
 
+class ReadWatcher(Protocol):
+    """Told by the reader's threads of what lands, always before the read is done; to be quick, and not to raise."""
+
+    def chunk_landed(self, chunk: range) -> None:
+        """These bytes are there, and not verified. Chunks come in any order, some perhaps before anybody watched."""
+
+    def begins_again(self) -> None:
+        """What has landed was wrong: all of it is read once more when this returns."""
+
+
 class _Canceller(Protocol):
     def cancel(self, read: "Read") -> bool: ...
     def promote(self, read: "Read") -> bool: ...
@@ -47,6 +57,7 @@ class Read:
         self.from_memory = source is not None
         self.source = source  # dropped when settled too
         self.on_done = on_done
+        self.watcher: ReadWatcher | None = None
         self.error: MoeOffloadError | None = None
         self.queued = False  # chunks are left to hand out
         self.claimed = False  # one thread verifies or settles it
@@ -185,7 +196,7 @@ class ReadQueue:
             if read not in self._unsettled:
                 return False
             self._unsettled.remove(read)
-            read.into = read.source = read.on_landed = None
+            read.into = read.source = read.on_landed = read.watcher = None
             return True
 
     def cancel(self, read: Read) -> bool:

@@ -17,10 +17,10 @@ from moe_offload.errors import ConfigError, ExpertReadError, MoeOffloadError, Pa
 from moe_offload.offload.pack.manifest import REPACK, SLOT_ALIGNMENT_BYTES, PackManifest
 from moe_offload.offload.streaming.disk import DirectDisk, Disk
 from moe_offload.offload.streaming.open_files import OpenFiles
-from moe_offload.offload.streaming.read_queue import OnDone, Read, ReadCancelledError, ReadQueue
+from moe_offload.offload.streaming.read_queue import OnDone, Read, ReadCancelledError, ReadQueue, ReadWatcher
 from moe_offload.offload.streaming.reader_stats import ReaderCounters, ReaderStats
 
-__all__ = ["ExpertReader", "Read", "ReadCancelledError", "ReadObserver", "ReaderStats", "Verify"]
+__all__ = ["ExpertReader", "Read", "ReadCancelledError", "ReadObserver", "ReadWatcher", "ReaderStats", "Verify"]
 
 Verify = Literal["first", "always", "off"]
 MAX_TRIES = 3
@@ -156,6 +156,8 @@ class ExpertReader:
                     read.begin_ns = time.perf_counter_ns()
                 try:
                     problem = self._read_chunk(read, span)
+                    if problem is None and (watcher := read.watcher) is not None:
+                        watcher.chunk_landed(span)
                 except BaseException as error:  # whatever it is, this thread lives on and the waiter is told
                     problem = self._typed(read, error)
             if span is None or self._queue.chunk_ended(read, span, problem):
@@ -227,6 +229,8 @@ class ExpertReader:
                 self._counters.add(verified=1)
             elif not read.rereads:
                 self._counters.add(retries=1)
+                if read.watcher is not None:
+                    read.watcher.begins_again()
                 if self._queue.read_again(read):
                     return
             else:

@@ -94,6 +94,7 @@ class CudaTier:
             keep=keep,
             landed=lambda expert: copies.start(copy, expert),
             failed=done,
+            flow=copy,
         )
         return copy
 

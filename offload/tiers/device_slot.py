@@ -19,6 +19,7 @@ class DeviceSlot:
         self._queue = queue
         self._lock = threading.Lock()
         self._arrival: Event | None = None
+        self._last_copy: Event | None = None  # also of bytes that turned out wrong, or that nobody has used
         self._ordered: set[Hashable] = set()  # the streams that have been told to wait for the arrival
         self._last_use: dict[Hashable, Event] = {}  # one for each stream that has read what is in the slot
 
@@ -29,16 +30,18 @@ class DeviceSlot:
         """
         event = self._queue.new_event()
         try:
-            self.copy(expert, 0, expert.data.numel(), event)
+            self.copy(expert.data, range(expert.data.numel()), event)
         finally:
             # Also when an interrupt strikes in between: the copy may be under way.
             expert.hold_until(event)
         self.filled(event)
 
-    def copy(self, expert: HostExpert, begin: int, end: int, event: Event, *, is_ahead: bool = False) -> None:
-        """Enqueue the copy of these bytes. Raises ExpertCopyError; of the slot and host memory the same holds."""
+    def copy(self, data: torch.Tensor, span: range, event: Event, *, is_ahead: bool = False) -> None:
+        """Enqueue the copy of these bytes of an expert. Raises ExpertCopyError; of the slot the same holds."""
         uses = tuple(self._last_use.values())
-        self._queue.copy(expert.data[begin:end], self.data[begin:end], after=uses, event=event, is_ahead=is_ahead)
+        source, target = data[span.start : span.stop], self.data[span.start : span.stop]
+        self._last_copy = event
+        self._queue.copy(source, target, after=uses, event=event, is_ahead=is_ahead)
 
     def filled(self, event: Event) -> None:
         """All bytes are enqueued, the event behind the last of them."""
@@ -80,6 +83,7 @@ class DeviceSlot:
             self._last_use["held", stream] = until
 
     def wait_until_unused(self) -> None:
-        """Block this thread until no kernel reads the slot."""
-        for event in list(self._last_use.values()):
+        """Block this thread until no kernel reads the slot, and no copy writes to it."""
+        copies = [] if self._last_copy is None else [self._last_copy]
+        for event in [*copies, *self._last_use.values()]:
             event.wait()

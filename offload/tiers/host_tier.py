@@ -1,15 +1,19 @@
 """The host tier: experts in page-locked memory, from where a copy takes them to the device.
 
 An expert is asked for (`HostTier.fetch`) and handed over as a `HostExpert`: at once if it is in a host slot, else when
-it has been read, into a host slot or, where there is none for it, into a staging slot. One in a host slot that could
-not be page-locked is handed over by way of staging, which the reader's threads fill from memory. Whatever memory it is
-in stays untouched until the copy out of it is over. Nothing here waits: a fetch that finds all staging slots in use
-queues up, demand before speculation, and goes on when a read into one fails or the oldest copy out of one is over.
+it has been read, into a host slot or, where there is none for it, into a staging slot. What is needed at once is passed
+on chunk by chunk while it is read (`Flow`); that is not handing it over, for it is not verified yet. One in a host slot
+that could not be page-locked is handed over by way of staging, which the reader's threads fill from memory. Whatever
+memory it is in stays untouched until the copy out of it is over. Nothing here waits but a reader's thread that is to
+read damaged bytes once more: a fetch that finds all staging slots in use queues up, demand before speculation, and goes
+on when a read into one fails or the oldest copy out of one is over.
 """
 
 import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
+
+import torch
 
 from moe_offload.cache import Lease
 from moe_offload.errors import ExpertReadError
@@ -18,7 +22,7 @@ from moe_offload.offload.streaming.reader import ExpertReader, ReadCancelledErro
 from moe_offload.offload.streaming.slab import Slab
 from moe_offload.offload.tiers.device_queue import DeviceQueue, Event
 from moe_offload.offload.tiers.host_expert import HostExpert
-from moe_offload.offload.tiers.host_fetch import Failed, HostFetch, Landed, Reading
+from moe_offload.offload.tiers.host_fetch import Failed, Flow, HostFetch, Landed, Landing, Reading
 from moe_offload.offload.tiers.host_slots import HostSlots
 from moe_offload.offload.tiers.staging_ring import StagingRing
 
@@ -131,15 +135,19 @@ class HostTier:
         for_copy: bool = True,
         landed: Landed,
         failed: Failed,
+        flow: Flow | None = None,
     ) -> HostFetch:
         """Bring an expert. ``keep``: it may displace any other from its layer's host slots, else only a colder one.
 
-        ``for_copy``: to page-locked memory, if there is any; else wherever it is.
+        ``for_copy``: to page-locked memory, if there is any; else wherever it is. ``flow`` is given what is read on
+        demand into such memory as it lands, and ``landed`` all of it in any case.
 
         Raises ExpertReadError, and calls nobody back, when the tier is closed.
         """
         key = (layer_idx, expert_idx)
-        fetch = HostFetch(self, key, speculative=speculative, for_copy=for_copy, landed=landed, failed=failed)
+        fetch = HostFetch(
+            self, key, speculative=speculative, for_copy=for_copy, landed=landed, failed=failed, flow=flow
+        )
         here: HostExpert | None = None
         failures: list[_Failure] = []
         with self._lock:
@@ -194,6 +202,7 @@ class HostTier:
                 failures = self._start_waiting()
             elif fetch.reading.read is not None:
                 fetch.reading.read.promote()
+                self._watch(fetch.reading)
         _tell(failures)
         return True
 
@@ -205,6 +214,7 @@ class HostTier:
         reading.fetches.append(fetch)
         if not fetch.speculative and reading.read is not None:
             reading.read.promote()
+            self._watch(reading)
 
     def _begin(self, reading: Reading, lease: Lease) -> None:
         """Read into the host slot that the cache has just given to the expert."""
@@ -256,16 +266,39 @@ class HostTier:
         reading.read = self._reader.submit(
             *reading.key, into, speculative=fetch.speculative, on_done=done, source=source
         )
+        if not fetch.speculative:
+            self._watch(reading)
+
+    def _watch(self, reading: Reading) -> None:
+        """Take what is needed now on as it lands; a device fetches by itself only from memory that is page-locked."""
+        if reading.read is not None and reading.read.watcher is None and self._is_pinned(reading):
+            reading.read.watcher = Landing(self, reading)
+
+    def _is_pinned(self, reading: Reading) -> bool:
+        if reading.staging_slot is not None:
+            return self._ring.is_pinned
+        lease = reading.fetches[0].lease
+        return lease is not None and self._slots.is_pinned(reading.key[0], _slot_of(lease))
 
     def _give_back(self, reading: Reading) -> None:
-        """The bytes will not come, and nothing is written any more."""
-        if reading.staging_slot is not None:
-            self._ring.give_back(reading.staging_slot)
-        else:
+        """The bytes will not come, and nothing is written any more; copies of what had come may be under way."""
+        if reading.staging_slot is None:
             del self._readings[reading.key]
             self._slots.settle(*reading.key, loaded=False)
         for fetch in reading.fetches:
+            under_way = None if fetch.flow is None else fetch.flow.last_copy()
+            if reading.staging_slot is not None:
+                self._empty(reading.staging_slot, under_way)
+            elif under_way is not None and fetch.lease is not None:
+                self._slots.release_after(fetch.lease, under_way)
+                fetch.lease = None
             self._let_go(fetch)
+
+    def _empty(self, staging_slot: int, under_way: Event | None) -> None:
+        if under_way is None:
+            self._ring.give_back(staging_slot)
+        else:
+            self._ring.give_back_after(staging_slot, under_way)
 
     def _let_go(self, fetch: HostFetch) -> None:
         """Of the host slot that it holds, if it holds one."""
@@ -281,6 +314,33 @@ class HostTier:
             self._queue.when_over(event, self._copy_over)
 
     # -- what becomes of them --
+
+    def chunk_landed(self, reading: Reading, chunk: range) -> None:
+        """On a reader's thread: let the bytes flow on for those that need them now."""
+        for flow, data in self._flows(reading):
+            flow.flow(data, chunk)
+
+    def begins_again(self, reading: Reading) -> None:
+        """On a reader's thread: what has flowed was wrong. Waits for the device, if that still reads it."""
+        for flow, _ in self._flows(reading):
+            flow.flow_again()
+
+    def _flows(self, reading: Reading) -> list[tuple[Flow, torch.Tensor]]:
+        """Who takes the bytes while they are read, and where those are."""
+        layer_idx = reading.key[0]
+        with self._lock:
+            takers = [fetch for fetch in reading.fetches if not fetch.speculative and not fetch.ended]
+            return [
+                (fetch.flow, self._data(layer_idx, reading.staging_slot, fetch.lease))
+                for fetch in takers
+                if fetch.flow is not None
+            ]
+
+    def _data(self, layer_idx: int, staging_slot: int | None, lease: Lease | None) -> torch.Tensor:
+        if staging_slot is not None:
+            return self._ring.tensor(staging_slot, self._slot_bytes[layer_idx])
+        assert lease is not None, "whoever reads into a host slot holds it"
+        return self._slots.tensor(layer_idx, _slot_of(lease))
 
     def _read_ended(self, reading: Reading, error: BaseException | None) -> None:
         """On a reader's thread: the bytes are there and verified, or nothing is written there any more."""
@@ -305,7 +365,7 @@ class HostTier:
         if reading.staging_slot is not None:
             (fetch,) = reading.fetches
             self._let_go(fetch)
-            data = self._ring.tensor(reading.staging_slot, self._slot_bytes[layer_idx])
+            data = self._data(layer_idx, reading.staging_slot, None)
             return [(fetch, HostExpert(data, partial(self._empty_staging, reading.staging_slot)))]
         del self._readings[reading.key]
         self._slots.settle(layer_idx, expert_idx, loaded=True)
@@ -323,7 +383,7 @@ class HostTier:
         return fetch.for_copy and self._ring.is_pinned and not self._slots.is_pinned(fetch.key[0], _slot_of(lease))
 
     def _from_slot(self, layer_idx: int, lease: Lease) -> HostExpert:
-        return HostExpert(self._slots.tensor(layer_idx, _slot_of(lease)), partial(self._release_after, lease))
+        return HostExpert(self._data(layer_idx, None, lease), partial(self._release_after, lease))
 
     def _release_after(self, lease: Lease, event: Event) -> None:
         with self._lock:

@@ -2,11 +2,15 @@
 
 A copy stream does one thing after the other, so whatever is enqueued has to be waited for. Of prefetches no more than
 `PIECES_AHEAD` pieces are enqueued at any time: so much, and no more, does an expert that is needed now wait for them.
+What is needed now and still being read from the disk is enqueued chunk by chunk as it lands. It counts as there when
+all of it is enqueued and its checksum has matched, which is when the tier below hands it over; not before.
 """
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import torch
 
 from moe_offload.errors import ExpertCopyError, ExpertReadError
 from moe_offload.offload.streaming.reader import ReadCancelledError
@@ -32,6 +36,8 @@ class SlotCopy:
         self.fetch: HostFetch | None = None
         self.expert: HostExpert | None = None  # once it is in host memory
         self.next_bytes = 0
+        self.flowed: list[range] = []  # what was enqueued before
+        self.error: BaseException | None = None  # of what was
         self.event: Event | None = None  # behind what is enqueued so far
         self._schedule = schedule
 
@@ -44,6 +50,20 @@ class SlotCopy:
         """See `Transfer.promote`."""
         self._schedule.promote(self)
         return self.fetch is None or self.fetch.promote()
+
+    def flow(self, data: torch.Tensor, chunk: range) -> None:
+        """See `Flow.flow`."""
+        self._schedule.flow(self, data, chunk)
+
+    def flow_again(self) -> None:
+        """See `Flow.flow_again`."""
+        event = self._schedule.take_back(self)
+        if event is not None:
+            event.wait()
+
+    def last_copy(self) -> Event | None:
+        """See `Flow.last_copy`."""
+        return self._schedule.last_copy(self)
 
 
 _Ended = tuple[SlotCopy, BaseException | None]
@@ -65,10 +85,12 @@ class CopySchedule:
         with self._lock:
             copy.expert = expert
             is_demand = not copy.speculative and not self._closed
-            if not is_demand:
+            if is_demand and copy.event is not None:
+                ended = [(copy, self._enqueue_rest(copy))]
+            elif not is_demand:
                 self._pending.append(copy)
                 ended = self._advance()
-        if is_demand:
+        if is_demand and not ended:
             error: BaseException | None = None
             try:
                 copy.slot.fill(expert)
@@ -76,6 +98,29 @@ class CopySchedule:
                 error = _typed(copy, failure)
             copy.done(error)
         self._tell(ended)
+
+    def flow(self, copy: SlotCopy, data: torch.Tensor, chunk: range) -> None:
+        """These bytes of what is being read for it are there: enqueue them, behind nothing but what is enqueued."""
+        with self._lock:
+            if copy.speculative or copy.error is not None or self._closed:
+                return
+            copy.event = self._queue.new_event()
+            copy.flowed.append(chunk)
+            try:
+                copy.slot.copy(data, chunk, copy.event)
+            except Exception as failure:
+                copy.error = _typed(copy, failure)
+
+    def take_back(self, copy: SlotCopy) -> Event | None:
+        """What has flowed does not count; what is behind it."""
+        with self._lock:
+            copy.flowed.clear()
+            return copy.event
+
+    def last_copy(self, copy: SlotCopy) -> Event | None:
+        """What is behind all that was enqueued of it; None if nothing was."""
+        with self._lock:
+            return copy.event
 
     def cancel(self, copy: SlotCopy) -> bool:
         """Stop between two pieces, if it is speculative and not all enqueued."""
@@ -136,10 +181,22 @@ class CopySchedule:
         copy.next_bytes = size_bytes if num_bytes is None else min(begin + num_bytes, size_bytes)
         copy.event = self._queue.new_event()
         try:
-            copy.slot.copy(copy.expert, begin, copy.next_bytes, copy.event, is_ahead=copy.speculative)
+            copy.slot.copy(copy.expert.data, range(begin, copy.next_bytes), copy.event, is_ahead=copy.speculative)
         except Exception as failure:
             return _typed(copy, failure)
         return None
+
+    def _enqueue_rest(self, copy: SlotCopy) -> BaseException | None:
+        """What has not flowed; what went wrong."""
+        assert copy.expert is not None
+        for span in _gaps(copy.flowed, copy.expert.data.numel()):
+            if copy.error is None:
+                copy.event = self._queue.new_event()
+                try:
+                    copy.slot.copy(copy.expert.data, span, copy.event)
+                except Exception as failure:
+                    copy.error = _typed(copy, failure)
+        return copy.error
 
     # -- the lock is not held --
 
@@ -151,6 +208,17 @@ class CopySchedule:
                 copy.slot.filled(event)
             copy.expert.hold_until(event)
             copy.done(error)
+
+
+def _gaps(spans: Iterable[range], size_bytes: int) -> Iterator[range]:
+    """What lies between the spans, which do not overlap."""
+    begin = 0
+    for span in sorted(spans, key=lambda span: span.start):
+        if begin < span.start:
+            yield range(begin, span.start)
+        begin = span.stop
+    if begin < size_bytes:
+        yield range(begin, size_bytes)
 
 
 def _typed(copy: SlotCopy, error: Exception) -> ExpertCopyError:
