@@ -1,7 +1,8 @@
 """Mends Triton's interpreter, which holds bf16 as 16 bits and multiplies these as if they were integers.
 
 With Triton 3.6 to 3.8, ``tl.dot`` of bf16 is ``numpy.matmul`` of the bits, and a conversion from fp32 cuts where a GPU
-rounds to the nearest. Other arithmetic on bf16, which no kernel here does, is on bits too, and stays so.
+rounds to the nearest. Other arithmetic on bf16, which no kernel here does, is on bits too, and stays so. It does not
+know PTX at all.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from interpreted_ptx import interpret_ptx
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -18,6 +20,7 @@ def mend_interpreter() -> None:
     if not hasattr(InterpreterBuilder.create_dot, "__wrapped__"):
         InterpreterBuilder.create_dot = _with_fp32_operands(InterpreterBuilder.create_dot)
         InterpreterBuilder.cast_impl = _with_rounding_to_bf16(InterpreterBuilder.cast_impl)
+        interpret_ptx()
 
 
 def _with_fp32_operands(create_dot: Any) -> Any:

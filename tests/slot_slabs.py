@@ -49,8 +49,9 @@ def random_slab(
     bias: str | None = None,
     num_pieces: int = 1,
     seed: int = 0,
+    is_empty: bool = False,
 ) -> SlotSlab:
-    """``spec``: the format of all weights, or those of the pieces of ``up`` and of ``down``."""
+    """``spec``: the format of all weights, or those of the pieces of ``up`` and of ``down``; ``is_empty``: zeros."""
     rows = inner if activation.gating == "none" else 2 * inner
     specs = [spec] * (num_pieces + 1) if isinstance(spec, str) else list(spec)
     num_pieces = len(specs) - 1
@@ -64,7 +65,7 @@ def random_slab(
         end = align_up(end + parts[-1].format.nbytes(shape))
     generator = torch.Generator().manual_seed(seed)
     data = torch.zeros(num_slots, -(-end // 4096) * 4096, dtype=torch.uint8)
-    for slot in data:
+    for slot in () if is_empty else data:
         for part in parts:
             values = torch.randn(part.shape, generator=generator) * (1 if len(part.shape) == 1 else 0.1)
             part.packed(slot).copy_(part.format.quantize(values))

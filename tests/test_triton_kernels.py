@@ -13,8 +13,9 @@ from slot_slabs import GPT_OSS, SILU, SlotSlab, assert_near, random_slab
 from torch import Tensor
 
 from moe_offload.errors import FormatError
+from moe_offload.quant import get_format
 from moe_offload.quant.activation import FUNCTIONS, GATINGS, Activation
-from moe_offload.quant.slot_kernels import SlotKernels, SlotMlp
+from moe_offload.quant.slot_kernels import SlotKernels, SlotMlp, SlotPart
 
 pytest.importorskip("triton")
 
@@ -198,10 +199,43 @@ def test_many_rows_in_formats_of_checkpoints(kernels: SlotKernels, device: torch
     assert_groups(kernels, slab, torch.randn(5, 128).bfloat16(), device, 1.5e-2)
 
 
-@pytest.mark.parametrize("activation", [SILU, Activation("relu", "none")], ids=str)
-def test_many_rows_in_fp32(kernels: SlotKernels, device: torch.device, activation: Activation) -> None:
-    slab = random_slab("int4", hidden=64, inner=32, activation=activation, num_pieces=1)
-    assert_groups(kernels, slab, torch.randn(5, 64), device, 1e-5)
+@pytest.mark.parametrize(
+    ("spec", "activation"),
+    [("int4", SILU), ("int8", SILU), ("fp8", Activation("relu", "none")), ("fp8-48x96", SILU), ("bf16", SILU)],
+)
+def test_many_rows_in_fp32(kernels: SlotKernels, device: torch.device, spec: str, activation: Activation) -> None:
+    slab = random_slab(spec, hidden=100, inner=40, activation=activation)
+    assert_groups(kernels, slab, torch.randn(5, 100), device, 1e-5)
+
+
+def test_fp8_on_devices_that_convert_it(device: torch.device) -> None:
+    """All numbers of it, beside the way that takes them apart by their bits."""
+    slab = random_slab("fp8", hidden=256, inner=8, num_slots=1)
+    codes = torch.arange(256, dtype=torch.uint8)
+    slab.mlp.up[0].packed(slab.data[0])[: 16 * 256].view(16, 256)[:] = codes.where(codes & 0x7F != 0x7F, 0)
+    x, outputs = torch.randn(1, 256) / 100, []
+    for capability in ((8, 0), (8, 9)):
+        if device.type == "cuda" and torch.cuda.get_device_capability() < capability:
+            pytest.skip("is no such device")
+        kernels = TritonKernels(device)
+        kernels._capability = capability
+        outputs.append(decoded(kernels, slab, [[0]], x, device))
+        assert_near(outputs[-1][0, 0], slab.reference(0, x[0]), 1e-5)
+    assert torch.equal(*outputs)
+
+
+def test_fp8_has_what_is_not_a_number(kernels: SlotKernels, device: torch.device) -> None:
+    slab = random_slab("fp8", hidden=32, inner=8, num_slots=1)
+    slab.data[0, 5] = 0x7F
+    assert decoded(kernels, slab, [[0]], torch.randn(1, 32), device).isnan().all()
+
+
+def test_rows_that_begin_anywhere(kernels: SlotKernels, device: torch.device) -> None:
+    slab = random_slab("nf4", hidden=72, inner=16)
+    x = torch.randn(3, 72, device=device)
+    odd = torch.empty(3 * 72 + 1, device=device)[1:].view(3, 72).copy_(x)
+    assert odd.data_ptr() % 16
+    assert torch.equal(*(decoded(kernels, slab, [[0], [1], [2]], rows, device) for rows in (x, odd)))
 
 
 def test_many_rows_in_bf16_on_devices_without_it(device: torch.device) -> None:
@@ -215,6 +249,9 @@ def test_weights_that_kernels_cannot_read_are_told_apart() -> None:
     TritonKernels.check(random_slab("nf4", num_pieces=2).mlp)
     with pytest.raises(FormatError, match="multiple of 16"):
         TritonKernels.check(random_slab("fp8-8x8").mlp)
+    large = SlotPart(get_format("bf16"), (1 << 20, 1024), 0)
+    with pytest.raises(FormatError, match="takes 2147483648"):
+        TritonKernels.check(SlotMlp((large,), SlotPart(get_format("bf16"), (1024, 1 << 19), 0), SILU))
     mlp = random_slab("bf16", num_pieces=4).mlp
     with pytest.raises(FormatError, match="split in 4"):
         TritonKernels.check(mlp)
@@ -229,7 +266,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ok") == 5
+    assert done.stdout.count("ok") == 7
 
 
 @on_gpu

@@ -69,8 +69,8 @@ def _gate_and_up(
         )
 
 
-# Where rows of a batch begin must not choose another kernel, whose sums may run in another order.
-@triton.jit(do_not_specialize_on_alignment=["slots", "x"])
+# Where slots of a batch begin must not choose another kernel, whose sums may run in another order.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def decode_up(
     slab,
     slots,

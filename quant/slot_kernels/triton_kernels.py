@@ -12,10 +12,10 @@ from moe_offload.quant.slot_kernels.triton_decode import combine_outputs, decode
 from moe_offload.quant.slot_kernels.triton_grouped import grouped_down, grouped_up
 from moe_offload.quant.slot_kernels.triton_mlp import PackedMlp, packed_mlp
 from moe_offload.quant.slot_kernels.triton_shapes import decode_shape, grouped_shape
-from moe_offload.quant.slot_kernels.triton_weight import value_table
+from moe_offload.quant.slot_kernels.triton_weight import narrowed, value_table
 
 _COMBINE_BLOCK = 256
-_AMPERE = (8, 0)
+_AMPERE, _ADA = (8, 0), (8, 9)
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -71,6 +71,7 @@ class TritonKernels:
         hidden = torch.empty(num_rows * top_k, mlp.inner_size, device=x.device)
         up, down = decode_shape(packed.gate, top_k), decode_shape(packed.down, top_k)
         num_blocks = triton.cdiv(mlp.output_size, down.rows)
+        x = _aligned(x)
         with _device_of(x):
             decode_up[(num_rows * top_k, triton.cdiv(mlp.inner_size, up.rows))](
                 slab,
@@ -130,12 +131,13 @@ class TritonKernels:
         outputs: Tensor,
         out_rows: Tensor,
     ) -> None:
-        packed = self._described(mlp)
+        packed, x = self._described(mlp), _aligned(x)
         num_pairs, num_groups, slot_bytes = len(x_rows), len(slots), slab.shape[1]
         # Turing has no matrix units for bf16
         dtype = torch.float32 if x.dtype == torch.bfloat16 and self._capability < _AMPERE else x.dtype
         hidden = torch.empty(num_pairs, mlp.inner_size, dtype=dtype, device=x.device)
         shape = grouped_shape(packed, len(x), dtype, self._capability)
+        gate, up, down = (narrowed(weight, shape.block_k) for weight in packed[:3])
         num_tiles = num_pairs // shape.block_m + num_groups  # that many at most
         groups = max(16, triton.next_power_of_2(num_groups))
         with _device_of(x):
@@ -151,8 +153,8 @@ class TritonKernels:
                 hidden,
                 SLOT_BYTES=slot_bytes,
                 INNER=mlp.inner_size,
-                GATE=packed.gate,
-                UP=packed.up,
+                GATE=gate,
+                UP=up,
                 GATE_BIAS=packed.gate_bias,
                 UP_BIAS=packed.up_bias,
                 ACTIVATION=packed.activation,
@@ -175,7 +177,7 @@ class TritonKernels:
                 out_rows,
                 SLOT_BYTES=slot_bytes,
                 OUTPUT=mlp.output_size,
-                DOWN=packed.down,
+                DOWN=down,
                 BIAS=packed.down_bias,
                 DTYPE=_DTYPES[dtype],
                 GROUPS=groups,
@@ -189,7 +191,7 @@ class TritonKernels:
     def _described(self, mlp: SlotMlp) -> PackedMlp:
         known = self._packed.get(id(mlp))
         if known is None:
-            known = self._packed[id(mlp)] = mlp, packed_mlp(mlp)
+            known = self._packed[id(mlp)] = mlp, packed_mlp(mlp, self._capability >= _ADA)
         return known[1]
 
     def _room_for(self, num_counters: int) -> Tensor:
@@ -197,6 +199,11 @@ class TritonKernels:
         if num_counters > self._counters[-1].numel():
             self._counters.append(self._counters[-1].new_zeros(num_counters))
         return self._counters[-1]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows from the middle of a batch would get another kernel, with narrower loads, that may sum in another order."""
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[None]:

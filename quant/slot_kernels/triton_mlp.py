@@ -22,10 +22,11 @@ class PackedMlp(NamedTuple):
     up_part: SlotPart
 
 
-def packed_mlp(mlp: SlotMlp) -> PackedMlp:
-    """`FormatError`, saying why, for one that the kernels cannot read."""
+def packed_mlp(mlp: SlotMlp, converts_fp8: bool = False) -> PackedMlp:
+    """`FormatError`, saying why, for one that the kernels cannot read; see `packed_weight`."""
     first, last, inner = mlp.up[0], mlp.up[-1], mlp.inner_size
-    gate, up, bias = packed_weight(first), packed_weight(last), packed_bias(mlp.up_bias)
+    gate, up = packed_weight(first, converts_fp8), packed_weight(last, converts_fp8)
+    bias = packed_bias(mlp.up_bias)
     gate_bias = up_bias = bias
     if len(mlp.up) == 2 and mlp.activation.gating == "halves" and first.shape == last.shape:
         gate_bias, up_bias = bias.rows(0, 1, inner), bias.rows(inner, 1, inner)
@@ -37,5 +38,5 @@ def packed_mlp(mlp: SlotMlp) -> PackedMlp:
     elif mlp.activation.gating == "interleaved":
         gate, up = gate.rows(0, 2, inner), up.rows(1, 2, inner)
         gate_bias, up_bias = bias.rows(0, 2, inner), bias.rows(1, 2, inner)
-    down, down_bias = packed_weight(mlp.down), packed_bias(mlp.down_bias)
+    down, down_bias = packed_weight(mlp.down, converts_fp8), packed_bias(mlp.down_bias)
     return PackedMlp(gate, up, down, gate_bias, up_bias, down_bias, gate_function(mlp.activation), first, last)

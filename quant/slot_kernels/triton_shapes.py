@@ -30,7 +30,7 @@ def decode_shape(weight: PackedWeight, top_k: int) -> DecodeShape:
         step //= 2
     rows = 8 if weight.num_units % step == 0 else 4  # what is beyond the last column takes registers too
     if weight.kind == NF3.value:
-        rows, step = 2, min(step, 4)  # eight planes a unit, each with numbers in registers
+        rows = min(rows, 4)  # each with a table in registers
     while rows > 2 and -(-weight.num_rows // rows) * top_k < _ENOUGH_PROGRAMS:
         rows //= 2
     return DecodeShape(rows, step)
@@ -49,7 +49,7 @@ class GroupedShape(NamedTuple):
 def grouped_shape(mlp: PackedMlp, num_tokens: int, dtype: torch.dtype, capability: tuple[int, int]) -> GroupedShape:
     """By the rows of the whole call, not by those of an expert, which depend on what else is here."""
     if dtype == torch.float32 or capability < _AMPERE or any(weight.kind == NF3.value for weight in mlp[:3]):
-        return GroupedShape(32, 32, 32, 4, 1)
+        return GroupedShape(32, 32, 16, 4, 1)  # without matrix units a lane holds all columns of a product
     if num_tokens <= 64:
         return GroupedShape(16, 64, 64, 4, 3)
     if num_tokens <= 512:

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.errors import FormatError
-from moe_offload.quant.codes import NF3_TABLES, NF3_UNIT
 from moe_offload.quant.eight_bit import Fp8Format, Int8Format
 from moe_offload.quant.four_bit import FourBitFormat
 from moe_offload.quant.raw import RawFormat
 from moe_offload.quant.slot_kernels.slot_mlp import SlotPart
+from moe_offload.quant.slot_kernels.triton_ptx import nibble_values, table_of_lanes
+from moe_offload.quant.slot_kernels.triton_three_bit import three_bit_tables, three_bit_values
 from moe_offload.quant.three_bit import ThreeBitFormat
 
 TABLE = tl.constexpr(0)
@@ -27,6 +28,7 @@ NF3 = tl.constexpr(3)
 BF16 = tl.constexpr(4)
 FP16 = tl.constexpr(5)
 FP32 = tl.constexpr(6)
+NATIVE_E4M3 = tl.constexpr(7)
 
 SCALE_NONE = tl.constexpr(0)
 SCALE_FP16 = tl.constexpr(1)
@@ -37,6 +39,7 @@ SCALE_ROW = tl.constexpr(4)
 _RAW = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 _SCALES = {torch.float16: SCALE_FP16, torch.float32: SCALE_FP32, torch.uint8: SCALE_E8M0}
 _LARGEST_UNIT = 64
+_LARGEST_PART_BYTES = (1 << 31) - 1  # places in a part are int32
 
 
 class PackedWeight(NamedTuple):
@@ -83,8 +86,8 @@ def packed_bias(part: SlotPart | None) -> PackedBias:
     return PackedBias(_RAW[part.format.spec].value, part.offset_bytes, part.shape[0], 0, 1)
 
 
-def packed_weight(part: SlotPart) -> PackedWeight:
-    """`FormatError` for a matrix that the kernels cannot read."""
+def packed_weight(part: SlotPart, converts_fp8: bool = False) -> PackedWeight:
+    """`FormatError` for a matrix that the kernels cannot read. ``converts_fp8``: the device has instructions for it."""
     weight_format, (num_rows, num_cols) = part.format, part.shape
     assert isinstance(weight_format, FourBitFormat | Int8Format | Fp8Format | ThreeBitFormat | RawFormat)
     layout = weight_format.layout(part.shape)
@@ -96,13 +99,18 @@ def packed_weight(part: SlotPart) -> PackedWeight:
     elif isinstance(weight_format, Int8Format):
         kind = INT8
     elif isinstance(weight_format, Fp8Format):
-        kind = E4M3
+        kind = NATIVE_E4M3 if converts_fp8 else E4M3
         if unit < 16:
             raise FormatError(f"{weight_format.spec}: blocks of {layout.block_cols} columns are no multiple of 16")
     elif isinstance(weight_format, ThreeBitFormat):
         kind, unit, plane_width, units_per_scale, scale_kind = NF3, 64, 8, 1, SCALE_ROW
     else:
         kind, unit, plane_width, units_per_scale, scale_kind = _RAW[weight_format.spec], 64, 64, 1, SCALE_NONE
+    if layout.codes_bytes > _LARGEST_PART_BYTES:
+        raise FormatError(
+            f"the kernels read weights of up to {_LARGEST_PART_BYTES} bytes, "
+            f"{list(part.shape)} in {weight_format.spec} takes {layout.codes_bytes}"
+        )
     return PackedWeight(
         kind.value,
         part.offset_bytes,
@@ -122,6 +130,18 @@ def packed_weight(part: SlotPart) -> PackedWeight:
     )
 
 
+def narrowed(weight: PackedWeight, width: int) -> PackedWeight:
+    """The same in units of up to ``width`` columns, unless its codes are such that a unit has several planes."""
+    if weight.plane_width != weight.unit or weight.unit <= width:
+        return weight
+    return weight._replace(
+        unit=width,
+        plane_width=width,
+        num_units=-(-weight.num_cols // width),
+        units_per_scale=weight.units_per_scale * weight.unit // width,
+    )
+
+
 def unit_bytes(weight: PackedWeight) -> int:
     """Bytes of the codes of a unit in a row."""
     return max(1, weight.row_bytes // weight.num_units)
@@ -132,20 +152,9 @@ def _unit(block_cols: int) -> int:
     return min(block_cols & -block_cols, _LARGEST_UNIT)
 
 
-_tables: dict[tuple[str, torch.device], Tensor] = {}
-
-
 def value_table(part: SlotPart, device: torch.device) -> Tensor:
-    """The fp32 numbers that codes stand for; for codes that need no table any."""
-    name = part.format.table.name if isinstance(part.format, FourBitFormat) else "nf3"
-    table = _tables.get((name, device))
-    if table is None:
-        if isinstance(part.format, FourBitFormat):
-            table = part.format.table.to(device)
-        else:
-            table = (torch.tensor(NF3_TABLES, dtype=torch.float32) / NF3_UNIT).flatten().to(device)
-        _tables[name, device] = table
-    return table
+    """What `load_table` takes; for codes that need no table any."""
+    return part.format.table.to(device) if isinstance(part.format, FourBitFormat) else three_bit_tables(device)
 
 
 @triton.jit
@@ -163,7 +172,7 @@ def load_raw(numbers, place, mask, KIND: tl.constexpr):
 def load_table(pointer, W: tl.constexpr):
     """The table to hand to `plane_values`."""
     if W.kind == TABLE:
-        return tl.load(pointer + tl.arange(0, 16))
+        return table_of_lanes(pointer)
     else:
         return pointer
 
@@ -205,30 +214,23 @@ def plane_values(
     unit = weight_units(first, STEP, W)[None, :, None]
     within = tl.arange(0, W.plane_width)[None, None, :]
     if W.kind == TABLE:
-        packed = tl.load(codes + (unit * W.plane_width + within)).to(tl.int32)
-        nibbles = packed >> 4 if PLANE == 1 else packed & 15
-        WIDTH: tl.constexpr = W.plane_width
-        # flat, so that lanes of a warp can exchange the table without changing who has which code
-        flat = tl.reshape(nibbles, [ROWS * STEP * WIDTH])
-        return tl.reshape(tl.gather(table, flat, 0), [ROWS, STEP, WIDTH])
+        return nibble_values(tl.load(codes + (unit * W.plane_width + within)), table, PLANE == 1)
     elif W.kind == INT8:
         packed = tl.load(codes + (unit * W.unit + within)).to(tl.int32)
         return (packed ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736.0
     elif W.kind == NF3:
-        half: tl.constexpr = PLANE // 4
-        low = tl.load(codes + (unit * 24 + 2 * within + half)).to(tl.int32)
-        high = tl.load(codes + (unit * 24 + 16 + PLANE)).to(tl.int32)
-        tables = tl.load(codes + (W.num_units * 24 + unit)).to(tl.int32)
-        code = ((low >> (PLANE % 4 * 2)) & 3) | (((high >> within) & 1) << 2)
-        return tl.load(table + (((tables >> (half * 4)) & 15) * 8 + code))
+        return three_bit_values(codes, table, unit, within, W, PLANE)
     else:
         # whole units in a row: one plane is all
         columns = (first * W.unit + tl.arange(0, STEP)[:, None] * W.unit + tl.arange(0, W.unit)[None, :])[None, :, :]
-        if W.kind == E4M3:
+        if W.kind == E4M3 or W.kind == NATIVE_E4M3:
             if W.num_cols % (STEP * W.unit) == 0:
-                packed = tl.load(codes + columns).to(tl.int32)
+                packed = tl.load(codes + columns)
             else:
-                packed = tl.load(codes + columns, mask=columns < W.num_cols, other=0).to(tl.int32)
+                packed = tl.load(codes + columns, mask=columns < W.num_cols, other=0)
+            if W.kind == NATIVE_E4M3:
+                return packed.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+            packed = packed.to(tl.int32)
             # fp32 has the same bits, but its exponent's bias is 120 more
             bits = ((packed & 0x80) << 24) | ((packed & 0x7F) << 20)
             values = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
