@@ -56,6 +56,7 @@ _NORM_ARGUMENTS = (
     ctypes.c_int64,
     ctypes.c_int,  # dtype
     ctypes.c_void_p,  # out
+    ctypes.c_int,  # threads
 )
 _ATTENTION_ARGUMENTS = (
     ctypes.c_int,  # instruction set
@@ -116,7 +117,9 @@ class NormCall:
         """``[..., width]`` contiguous to the same."""
         function, isa = entry("moe_offload_rms_norm", _NORM_ARGUMENTS)
         out = torch.empty_like(x)
-        check(function(isa, self._address, x.data_ptr(), x.numel() // x.shape[-1], DTYPES[x.dtype], out.data_ptr()))
+        num_rows = x.numel() // x.shape[-1]
+        dtype = DTYPES[x.dtype]
+        check(function(isa, self._address, x.data_ptr(), num_rows, dtype, out.data_ptr(), num_threads()))
         return out
 
 

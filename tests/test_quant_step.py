@@ -80,6 +80,20 @@ def test_norm(dtype, weight_dtype, rounds_first, offset):
 HEADS, KV_HEADS, DIM, HIDDEN = 6, 2, 40, 64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_many_rows_is_that_of_each_row(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(3)
+    norm = NormCall(Norm(torch.rand(1000, generator=generator).to(dtype), 1e-6, True))
+    x = torch.randn(3, 171, 1000, generator=generator).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = norm(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found.flatten(0, 1), torch.cat([norm(row.unsqueeze(0)) for row in x.flatten(0, 1)]))
+
+
 def attention_weights(
     dtype: torch.dtype, *, norms: str = "none", sinks: bool = False, is_gated: bool = False
 ) -> AttentionWeights:

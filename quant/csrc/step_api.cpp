@@ -1,11 +1,15 @@
 // The C interface to the dense part of a decode step, called from quant/step.py.
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 
 #include "export.h"
 #include "pool.h"
 #include "step_parts.h"
+
+// Numbers whose norms take about as long as waking a thread.
+constexpr int64_t kNormPiece = 1 << 16;
 
 // out [num_tokens, rows] = x [num_tokens, cols] @ weight.T + bias, summed in fp32 and rounded once. Both are contiguous.
 EXPORT int moe_offload_raw_linear(int isa, const RawWeight* weight, const void* bias, int bias_dtype, const void* x,
@@ -26,16 +30,21 @@ EXPORT int moe_offload_raw_linear(int isa, const RawWeight* weight, const void* 
 }
 
 // Each of num_rows contiguous rows of x, normalised.
-EXPORT int moe_offload_rms_norm(int isa, const RmsNorm* norm, const void* x, int64_t num_rows, int dtype, void* out) {
+EXPORT int moe_offload_rms_norm(int isa, const RmsNorm* norm, const void* x, int64_t num_rows, int dtype, void* out,
+                                int num_threads) {
     const StepKernels& kernels = step_kernels_of(isa);
-    std::unique_ptr<float[]> row(new (std::nothrow) float[static_cast<size_t>(norm->width)]);
-    if (!row) return kOutOfMemory;
-    for (int64_t r = 0; r < num_rows; r++) {
-        load_row(x, dtype, r * norm->width, norm->width, row.get());
-        kernels.rms_norm(*norm, row.get(), dtype);
-        store_row(row.get(), norm->width, out, dtype, r * norm->width);
-    }
-    return 0;
+    std::atomic<bool> has_memory{true};
+    auto body = [&](int64_t begin, int64_t end) {
+        std::unique_ptr<float[]> row(new (std::nothrow) float[static_cast<size_t>(norm->width)]);
+        if (!row) has_memory = false;
+        for (int64_t r = begin; r < end && row; r++) {
+            load_row(x, dtype, r * norm->width, norm->width, row.get());
+            kernels.rms_norm(*norm, row.get(), dtype);
+            store_row(row.get(), norm->width, out, dtype, r * norm->width);
+        }
+    };
+    parallel_for(num_rows, std::max<int64_t>(1, kNormPiece / norm->width), num_threads, body);
+    return has_memory ? 0 : kOutOfMemory;
 }
 
 // One token through an attention module: x and out [hidden], cos and sin [width] or [width / 2] (`table`). Its key and
