@@ -105,7 +105,7 @@ def test_a_slab_a_layer_loses_less_than_two_mebibytes():
 
 
 def test_a_recorded_steps_pool_holds_more_than_its_workspace():
-    assert graph_pool_bytes(5 * MIB) == (5 + 32 + 22) * MIB
+    assert graph_pool_bytes(5 * MIB, 3 * MIB) == (5 + 3 + 32 + 22) * MIB
 
 
 # -- what comes and goes in a pass --

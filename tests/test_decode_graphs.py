@@ -27,12 +27,13 @@ from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.experts.step_tuning import StepTuner
 from moe_offload.offload.graphs import choice
 from moe_offload.offload.graphs.answer_cache import AnswerCaches
-from moe_offload.offload.graphs.answer_layers import AnswerWindow, KeptMemory
+from moe_offload.offload.graphs.answer_layers import AnswerState, AnswerWindow, KeptMemory
 from moe_offload.offload.graphs.captured_step import CapturedStep
 from moe_offload.offload.graphs.graphed_forward import GraphedForward
 from moe_offload.offload.graphs.speculation import Speculation
 from moe_offload.offload.pack.manifest import read_manifest
 from moe_offload.offload.pack.packer import pack_model
+from moe_offload.offload.planning.kv_cache import state_bytes
 
 FAMILIES = ["mixtral", "gpt_oss", "deepseek_v3"]
 
@@ -96,9 +97,19 @@ def check_tables(model: OffloadedModel) -> None:
     model._residency.cache.check_integrity()
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "lfm2_moe", "nemotron_h"])
+STATES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {},
+    "jamba": {},
+    "lfm2_moe": {},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "n_groups": 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "attention", "linear_attention"]},
+}
+
+
+@pytest.mark.parametrize("family", STATES)
 def test_states_that_every_token_changes(family: str, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch):
-    checkpoint = save_random_model(make_config(family), tmp_path / "checkpoint")
+    config = make_config(family, **STATES[family])
+    checkpoint = save_random_model(config, tmp_path / "checkpoint")
     pack = pack_model(str(checkpoint), tmp_path / "pack", format="source")
     budget = {"host_bytes": 1 << 30, "prefetch": "off", "warm_start": False}
     expected = answer(load(pack, slots_bytes=0, **budget, graphs="off"))
@@ -110,6 +121,11 @@ def test_states_that_every_token_changes(family: str, tmp_path: Path, load: Load
         forward = forward_of(model)
         assert not forward.is_off
         assert (forward.num_whole if slots_bytes else forward.num_undone) > NEW_TOKENS // 2
+    caches = model._graphs.caches
+    assert caches is not None
+    with torch.inference_mode(), caches.lend(1) as cache:
+        states = [tensor for layer in cache.layers if isinstance(layer, AnswerState) for tensor in layer.state]
+    assert 0 < sum(tensor.nbytes for tensor in states) <= state_bytes(config, 4)
 
 
 def test_steps_that_miss_nothing_are_launched_whole(pack: Path, load: Load):

@@ -143,24 +143,30 @@ class GraphedForward:
     def _make(self, recorded: _Recorded, cache: AnswerCache, kwargs: Mapping[str, Any]) -> None:
         """Run the model's code twice: as a rehearsal, which is undone, and while the device only records."""
         inputs = recorded.inputs = static_copy(kwargs)
-        nowhere = torch.full_like(self._table.device, ABSENT)
         cache.keep()
-        with self._recorder.session():
-            try:
-                rehearsal = StepRecording(Rehearsal(), self._record, nowhere, self._lookahead.ask)
-                with NoWaits(), self._state.recorded_by(rehearsal):  # type: ignore[no-untyped-call]
-                    self._eager(**inputs)
-            finally:
-                cache.undo()
-            recording = StepRecording(self._recorder, self._record, self._table.device, self._lookahead.ask)
-            with cache.recorded(), self._state.recorded_by(recording):
-                self._recorder.begin()
-                output = self._eager(**inputs)
-                last = self._recorder.end()
+        try:
+            self._rehearse(inputs)
+        finally:
+            cache.undo()
+        recording = StepRecording(self._recorder, self._record, self._table.device, self._lookahead.ask)
+        with self._recorder.session(), cache.recorded(), self._state.recorded_by(recording):
+            self._recorder.begin()
+            output = self._eager(**inputs)
+            last = self._recorder.end()
         if not all(isinstance(value, torch.Tensor | Cache) for value in output.values()):
             raise RecordingError(f"its {type(output).__name__} holds more than tensors")
         recorded.step = CapturedStep(recording, last, self._record, output)
         self.num_recorded += 1
+
+    def _rehearse(self, inputs: Mapping[str, Any]) -> None:
+        """On this thread's stream, from memory that steps use anyway; with experts that are in no slot."""
+        nowhere = torch.full_like(self._table.device, ABSENT)
+        rehearsal = StepRecording(Rehearsal(), self._record, nowhere, self._lookahead.ask)
+        try:
+            with NoWaits(), self._state.recorded_by(rehearsal):  # type: ignore[no-untyped-call]
+                self._eager(**inputs)
+        except RuntimeError as error:
+            raise RecordingError(str(error).splitlines()[0]) from error
 
     def _run(
         self,

@@ -15,7 +15,7 @@ def signature(kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     described: list[Any] = []
     for name, value in sorted(kwargs.items()):
         if isinstance(value, torch.Tensor):
-            described.append((name, value.shape, value.dtype, value.stride()))
+            described.append((name, value.device, value.shape, value.dtype, value.stride()))
         elif isinstance(value, Cache):
             described.append((name, id(value)))
         elif isinstance(value, Mapping):

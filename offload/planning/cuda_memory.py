@@ -8,7 +8,8 @@ before (``getChosenWorkspaceSize`` in ``aten/src/ATen/cuda/CublasHandlePool.cpp`
 that asks and the one that streams an answer.
 
 Recorded steps: the private pool of CUDA graphs, from which nothing else can take (``torch.cuda.graph_pool_handle``):
-the workspace of one token, a workspace of cuBLAS, and an open segment of either kind.
+the workspace of one token, a workspace of cuBLAS, and an open segment of either kind. Beside it, the recurrent states
+as they were before a step that may be undone.
 
 Fragmentation: the segments that the allocator takes for slabs, dense weights, keys and values, less what was asked
 for (`caching_allocator`). Tensors of up to 1 MiB once more: transformers reserves one block for all weights
@@ -49,9 +50,9 @@ class CudaOverhead:
         return self.context_bytes + self.library_bytes + self.graph_pool_bytes + self.fragmentation_bytes
 
 
-def graph_pool_bytes(step_workspace_bytes: int) -> int:
-    """The private pool of recorded steps, of which one takes ``step_workspace_bytes``."""
-    return step_workspace_bytes + _BLAS_WORKSPACE_BYTES + _OPEN_SEGMENTS_BYTES
+def graph_pool_bytes(step_workspace_bytes: int, state_bytes: int) -> int:
+    """The private pool of recorded steps, of which one takes ``step_workspace_bytes``, and the states kept beside."""
+    return step_workspace_bytes + state_bytes + _BLAS_WORKSPACE_BYTES + _OPEN_SEGMENTS_BYTES
 
 
 def fragmentation_bytes(

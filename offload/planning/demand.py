@@ -16,7 +16,7 @@ from moe_offload.offload.planning.cuda_memory import (
     graph_pool_bytes,
 )
 from moe_offload.offload.planning.device_parts import DevicePart, device_parts
-from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer
+from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer, state_bytes
 from moe_offload.offload.planning.placement import Placement
 from moe_offload.offload.planning.sizes import format_size
 from moe_offload.offload.planning.slot_shares import SlotNeed, slots_bytes
@@ -84,7 +84,7 @@ class Demand:
         self.staging_slots = max(STAGING_SLOTS, max(top_k_per_layer) - _FEWEST_SLOTS)
         self.largest_slot_bytes = max(layer.slot_bytes for layer in layers)
         self.staging_bytes = self.staging_slots * self.largest_slot_bytes
-        self._graph_pool_bytes = graph_pool_bytes(step_bytes) if graphs else 0
+        self._graph_pool_bytes = graph_pool_bytes(step_bytes, state_bytes(config, dtype_bytes)) if graphs else 0
         self.runtime_bytes = RUNTIME_BYTES[device] if device == "cpu" else 0
         self.fixed_bytes = dense_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes + self.runtime_bytes
 

@@ -58,6 +58,13 @@ def cache_bytes_per_layer(
     return per_layer
 
 
+def state_bytes(config: PreTrainedConfig, dtype_bytes: int) -> int:
+    """Of that, what layers without keys and values hold, whatever the context: every token changes it."""
+    per_layer = cache_bytes_per_layer(config, context_tokens=0, dtype_bytes=dtype_bytes)
+    kinds = (layer_type for layer_type, _, _ in cache_layers(config))
+    return sum(size for kind, size in zip(kinds, per_layer, strict=True) if kind in STATE_ONLY_TYPES)
+
+
 def cache_layers(config: PreTrainedConfig) -> list[tuple[str, int | None, Any]]:
     """Each decoder layer's kind as transformers' cache names it, its window in tokens or None, and its own config."""
     decoder = config.get_text_config(decoder=True)
