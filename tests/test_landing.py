@@ -221,3 +221,24 @@ def test_an_error_in_the_middle_of_an_expert(packs: dict[str, tuple[Path, str]],
         disk.heal()
         assert generated(model) == answer
         check_health(model)
+
+
+def test_an_interrupt_in_the_middle_of_an_expert(
+    packs: dict[str, tuple[Path, str]], ahead: Ahead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FaultyDisk()
+    disk.delay_reads(0.001)
+    pack, answer = packs["mixtral"]
+    with loaded(pack, SLOTS, disk, prefetch=1) as model:
+        compute = StepAhead.compute
+
+        def interrupted(*args: Any) -> None:
+            compute(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StepAhead, "compute", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                generated(model)
+        assert generated(model) == answer
+        check_health(model)
