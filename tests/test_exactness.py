@@ -102,6 +102,7 @@ def test_logits_are_those_of_all_experts_resident(
     disk.shorten_reads(short_read_ratio)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_tuning, "TRIAL_STEPS", 2)  # so that "auto" switches within the few steps
+        patch.setattr(step_tuning, "LEADING_STEPS", 2)
         with loaded(pack.folder, num_slots, disk, policy=policy, prefetch=prefetch) as model:
             assert torch.equal(all_logits(model.model), pack.expected)
             check_health(model)

@@ -63,6 +63,7 @@ def test_logits_are_those_of_copying(
     pack: Path, load: Load, miss_path: str, host_slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_tuning, "TRIAL_STEPS", 2)
+    monkeypatch.setattr(step_tuning, "LEADING_STEPS", 2)
     with OffloadedModel.from_pretrained(pack, device="cpu", dtype="float32", context_tokens=CONTEXT_TOKENS) as resident:
         inputs = example_inputs(resident.model.config)
         expected = run_logits(resident.model, inputs)

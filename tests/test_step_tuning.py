@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from moe_offload.offload.experts.step_tuning import HOLD_STEPS, TRIAL_STEPS, TRIALS, StepTuner, Turn
+from moe_offload.offload.experts.step_tuning import (
+    HOLD_STEPS,
+    LEADING_STEPS,
+    TRIAL_STEPS,
+    TRIALS,
+    StepTuner,
+    Turn,
+)
 
 
 def tuner_of(depth: int) -> StepTuner[int]:
@@ -21,12 +28,14 @@ def run_steps(tuner: StepTuner[int], num_steps: int, on_s: float, off_s: float) 
     return depths
 
 
-TRIAL_PERIOD = 2 * TRIALS * TRIAL_STEPS
+TRIAL_PERIOD = 2 * TRIAL_STEPS + (TRIALS - 1) * (LEADING_STEPS + TRIAL_STEPS)
 
 
-def test_tries_both_in_turn() -> None:
-    depths = run_steps(tuner_of(1), TRIAL_PERIOD, on_s=1.0, off_s=1.0)
-    assert depths == ([0] * TRIAL_STEPS + [1] * TRIAL_STEPS) * TRIALS
+@pytest.mark.parametrize("leading", [0, 1])
+def test_tries_both_in_turn_and_what_leads_for_longer(leading: int) -> None:
+    depths = run_steps(tuner_of(1), TRIAL_PERIOD, on_s=0.95 if leading else 1.0, off_s=1.0)
+    rounds = ([leading] * LEADING_STEPS + [1 - leading] * TRIAL_STEPS) * (TRIALS - 1)
+    assert depths == [0] * TRIAL_STEPS + [1] * TRIAL_STEPS + rounds
 
 
 @pytest.mark.parametrize(("on_s", "depth"), [(0.5, 2), (0.9, 2), (0.99, 0), (1.0, 0), (1.5, 0)])
