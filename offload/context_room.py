@@ -45,7 +45,7 @@ class ContextRoom:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, residency: Residency, *, moved: Callable[[], None]) -> None:
-        """``moved`` is called after slots have moved."""
+        """``moved`` is called after slots have moved, and before any are given up."""
         self._config: Any = model.config
         self._plan, self._residency, self._moved = plan, residency, moved
         self._dtype_bytes = next(p.dtype.itemsize for p in model.parameters() if p.is_floating_point())
@@ -123,6 +123,8 @@ class ContextRoom:
 
     def _resize(self, layer_idx: int) -> None:
         num_slots = self._num_slots[layer_idx]
+        if num_slots < self._residency.cache.num_slots(layer_idx):
+            self._moved()  # what is recorded holds on to memory that the smaller slab may need
         try:
             if not self._residency.resize(layer_idx, num_slots):
                 return

@@ -113,7 +113,6 @@ class ExpertLayer:
         self.num_experts = num_experts
         self._residency = residency
         self._step = step
-        self._on_slots: tuple[MlpParts, int, SlotExperts | None] | None = None
 
     def for_each_expert(
         self,
@@ -286,10 +285,7 @@ class ExpertLayer:
         """The layer's experts as kernels compute them that are told slots; None where there are none such."""
         if parts is None or self._residency.peers is not None:
             return None
-        num_moves = self._residency.num_moves
-        if self._on_slots is None or self._on_slots[0] is not parts or self._on_slots[1] != num_moves:
-            self._on_slots = parts, num_moves, self._residency.slot_experts(self.layer_idx, parts)
-        return self._on_slots[2]
+        return self._residency.slot_experts(self.layer_idx, parts)
 
     def _routed_slots(
         self,

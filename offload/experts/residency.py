@@ -66,8 +66,7 @@ class Residency:
         self.observer: StepObserver | None = None
         self.peers: Peers | None = None
         self.slot_listener: SlotListener | None = None
-        self.num_moves = 0
-        """How often slots have moved: whoever keeps a slab asks for it anew when this has changed."""
+        self._slot_experts: dict[int, tuple[MlpParts, SlotExperts | None]] = {}  # by layer
         self._tier = tier
         self._lock = threading.RLock()  # a transfer may be done before it has been begun
         self._loads: dict[tuple[int, int], _Load] = {}  # (layer_idx, expert_idx)
@@ -232,7 +231,16 @@ class Residency:
         return self._tier.slab(layer_idx) is not None
 
     def slot_experts(self, layer_idx: int, parts: MlpParts) -> SlotExperts | None:
-        """A layer's experts as kernels on its device compute them; None where the CPU computes, or none can."""
+        """A layer's experts as kernels on its device compute them; None where the CPU computes, or none can.
+
+        To be asked for in each step: what is kept keeps the memory of slots that have moved since.
+        """
+        known = self._slot_experts.get(layer_idx)
+        if known is None or known[0] is not parts:
+            known = self._slot_experts[layer_idx] = parts, self._make_slot_experts(layer_idx, parts)
+        return known[1]
+
+    def _make_slot_experts(self, layer_idx: int, parts: MlpParts) -> SlotExperts | None:
         slab = self._tier.slab(layer_idx)
         mlp = None if slab is None else self._tier.layout(layer_idx).slot_mlp(parts)
         if slab is None or mlp is None:
@@ -247,6 +255,7 @@ class Residency:
 
         def move(numbers: dict[int, int]) -> bool:
             held = [slot for layer, slot in self._expert_in if layer == layer_idx]
+            self._slot_experts.pop(layer_idx, None)
             if self.slot_listener is not None:
                 for slot in held:
                     self.slot_listener.clear(layer_idx, slot)
@@ -262,7 +271,6 @@ class Residency:
                 self._expert_in[layer_idx, new] = experts[slot]
                 if self.slot_listener is not None:
                     self.slot_listener.put(layer_idx, experts[slot], new)
-            self.num_moves += 1
             return are_there
 
         with InterruptShield(), self._lock:
@@ -677,3 +685,4 @@ class Residency:
         """Stop all transfers and free the slots. May be called twice; what is only dropped closes itself, later."""
         self._forgotten.detach()
         self._tier.close()
+        self._slot_experts.clear()

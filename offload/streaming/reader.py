@@ -156,8 +156,8 @@ class ExpertReader:
                     read.begin_ns = time.perf_counter_ns()
                 try:
                     problem = self._read_chunk(read, span)
-                    if problem is None and (watcher := read.watcher) is not None:
-                        watcher.chunk_landed(span)
+                    if problem is None:
+                        _tell_of(read, span)
                 except BaseException as error:  # whatever it is, this thread lives on and the waiter is told
                     problem = self._typed(read, error)
             if span is None or self._queue.chunk_ended(read, span, problem):
@@ -270,3 +270,9 @@ class ExpertReader:
             _log.exception("the callback of %s failed", read.name)
         finally:
             read.settled.set()
+
+
+def _tell_of(read: Read, chunk: range) -> None:
+    """Here, so that a thread that waits for work holds nobody who watched."""
+    if (watcher := read.watcher) is not None:
+        watcher.chunk_landed(chunk)

@@ -30,8 +30,8 @@ class CudaPageLock:
         )
 
     def unlock(self, address: int) -> None:
-        """cudaHostUnregister, which waits for the device."""
-        with torch.cuda.device(self._device):
+        """cudaHostUnregister, which waits for the device; where that has failed, its memory is the system's to free."""
+        with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
             torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
     def _forget_error(self) -> None:

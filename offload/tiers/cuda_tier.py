@@ -246,14 +246,13 @@ class CudaTier:
         self._host.stop()
         for copies in self._copies:
             copies.stop()
-        try:
-            for queue in self.queues:
+        for queue, slots in zip(self.queues, self._devices, strict=True):
+            try:  # each for itself: where one device has failed, others may still be copying
                 queue.close()
-            for slots in self._devices:
                 for slot in slots:
                     slot.wait_until_unused()
-        except ExpertCopyError:
-            _log.exception("the device has failed; its memory is let go of all the same")
+            except ExpertCopyError:
+                _log.exception("a device has failed; its memory is let go of all the same")
         for rows in self._rows:
             rows.close()
         self._host.free()

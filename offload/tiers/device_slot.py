@@ -82,6 +82,10 @@ class DeviceSlot:
         with self._lock:
             self._last_use["held", stream] = until
 
+    def let_go(self) -> None:
+        """Of the memory: whoever still knows of the slot, as a transfer that has ended may, does not keep it."""
+        self.slab = self.data = torch.empty(0, dtype=torch.uint8)
+
     def wait_until_unused(self) -> None:
         """Block this thread until no kernel reads the slot, and no copy writes to it."""
         copies = [] if self._last_copy is None else [self._last_copy]

@@ -69,12 +69,14 @@ class DeviceSlots:
             slots[new].take_over(old[number])
         for slot in old:
             slot.wait_until_unused()
+            slot.let_go()
         self._slabs[layer_idx], self._slots[layer_idx] = slab, slots
         return has_both
 
     def _let_go(self, layer_idx: int) -> None:
         for slot in self._slots.pop(layer_idx):
             slot.wait_until_unused()
+            slot.let_go()
         del self._slabs[layer_idx]
 
     def __iter__(self) -> Iterator[DeviceSlot]:
@@ -82,6 +84,8 @@ class DeviceSlots:
 
     def free(self) -> None:
         """Let go of the memory. Copies have ended, and no kernel reads it."""
+        for slot in self:
+            slot.let_go()
         self._slabs, self._slots = {}, {}
 
 
