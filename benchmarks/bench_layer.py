@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from kernel_timing import machine, print_table, read_bytes_per_s, seconds
+from kernel_timing import PIECE_BYTES, machine, print_table, readings, seconds, seconds_in_turns
 
 from moe_offload.cache import ExpertCache
 from moe_offload.offload.experts.layer import ExpertLayer, StepState
@@ -100,8 +100,9 @@ class Layer:
 def measure(spec: str, shape: tuple[int, int, int, Activation]) -> tuple[str, ...]:
     """One row of the table of rates."""
     layer = Layer(spec, shape, SLOTS_BYTES)
-    step_s, apart_s = (seconds(layer.steps(one_call=one_call), rounds=ROUNDS) for one_call in (True, False))
-    read = read_bytes_per_s(layer.slots)
+    steps, apart = (layer.steps(one_call=one_call) for one_call in (True, False))
+    step_s, apart_s, read_s = seconds_in_turns(steps, apart, readings(layer.slots), rounds=ROUNDS)
+    read = PIECE_BYTES / read_s
     rate = layer.top_k * layer.expert_bytes / step_s
     return (
         f"{step_s * 1e3:.3f}",

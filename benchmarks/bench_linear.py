@@ -2,15 +2,27 @@
 
     python benchmarks/bench_linear.py [--formats nf4,int4] [--tokens 1,4,64]
 
-Weights are cycled through more copies than caches hold. A product with few rows is judged by the packed bytes it reads
-a second; one with many rows by F.linear in bf16 on the dequantised weight. The time of a small product is a call's as
-much as the kernel's; bench_layer.py measures the one call that a decode step makes for all its experts.
+Weights are cycled through more copies than caches hold, and products take turns with plain reads. A product with few
+rows is judged by the packed bytes it reads a second; one with many rows by F.linear in bf16 on the dequantised weight.
+The time of a small product is a call's as much as the kernel's; bench_layer.py measures the one call that a decode step
+makes for all its experts, and bench_row.py the kernels by themselves.
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
-from kernel_timing import FORMATS, SHAPES, copies, machine, print_table, read_bytes_per_s, seconds
+from kernel_timing import (
+    FORMATS,
+    PIECE_BYTES,
+    SHAPES,
+    copies,
+    machine,
+    print_table,
+    readings,
+    seconds,
+    seconds_in_turns,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,9 +42,9 @@ def torch_s(x: Tensor, slots: Tensor, shape: tuple[int, int]) -> float:
     return seconds([lambda weight=weight: F.linear(x, weight) for weight in weights])
 
 
-def packed_s(x: Tensor, slots: Tensor, shape: tuple[int, int], fmt: Format) -> float:
-    """Seconds of one product with the packed weight."""
-    return seconds([lambda slot=slot: fmt.linear(x, slot, shape) for slot in slots])
+def products(x: Tensor, slots: Tensor, shape: tuple[int, int], fmt: Format) -> list[Callable[[], object]]:
+    """One product with each packed weight."""
+    return [lambda slot=slot: fmt.linear(x, slot, shape) for slot in slots]
 
 
 def main() -> None:
@@ -52,9 +64,10 @@ def main() -> None:
         for spec in arguments.formats.split(","):
             fmt = get_format(spec)
             slots = copies(fmt.quantize(weight))
-            read = read_bytes_per_s(slots)
             for count in tokens:
-                spent_s = packed_s(inputs[count], gone_through(slots, count), shape, fmt)
+                calls = products(inputs[count], gone_through(slots, count), shape, fmt)
+                spent_s, read_s = seconds_in_turns(calls, readings(slots))
+                read = PIECE_BYTES / read_s
                 rate = slots.shape[1] / spent_s
                 cells = (f"{spent_s * 1e3:.3f}", f"{rate / 1e9:.1f}", f"{rate / read:.0%}", f"{read / 1e9:.1f}")
                 relative = f"{baseline_s[count] / spent_s:.2f}"

@@ -11,7 +11,7 @@ import torch
 from moe_offload.quant import backend_name, kernels
 
 SHAPES = ((14336, 4096), (2048, 768))
-_PIECE_BYTES = 8 << 20
+PIECE_BYTES = 8 << 20
 FORMATS = ("nf4", "int4", "mxfp4", "nf3", "int8", "fp8", "bf16")
 
 
@@ -31,15 +31,23 @@ def seconds(calls: Sequence[Callable[[], object]], *, rounds: int = 3) -> float:
 
     Low and not the median, since what else runs on the machine can only add to a time; not the least, which is luck.
     """
-    times = []
-    for call in calls:
-        call()
-    for _ in range(rounds):
+    return seconds_in_turns(calls, rounds=rounds)[0]
+
+
+def seconds_in_turns(*series: Sequence[Callable[[], object]], rounds: int = 3) -> list[float]:
+    """The same of several series of calls, a call of each in its turn: what changes meanwhile changes all alike."""
+    times: list[list[float]] = [[] for _ in series]
+    turns = rounds * max(len(calls) for calls in series)
+    for calls in series:
         for call in calls:
+            call()
+    for turn in range(turns):
+        for calls, of_series in zip(series, times, strict=True):
+            call = calls[turn % len(calls)]
             start = time.perf_counter()
             call()
-            times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 10]
+            of_series.append(time.perf_counter() - start)
+    return [sorted(of_series)[turns // 10] for of_series in times]
 
 
 def copies(packed: torch.Tensor, at_least_bytes: int = 512 << 20) -> torch.Tensor:
@@ -47,17 +55,17 @@ def copies(packed: torch.Tensor, at_least_bytes: int = 512 << 20) -> torch.Tenso
     return packed.expand(max(2, at_least_bytes // max(1, packed.numel())), -1).contiguous()
 
 
-def read_bytes_per_s(slots: torch.Tensor) -> float:
-    """Plain reading on all threads of a few MiB at a time, of more than caches hold."""
+def readings(slots: torch.Tensor) -> list[Callable[[], object]]:
+    """Plain reading on all threads of more than caches hold, PIECE_BYTES a call."""
     flat = slots.view(-1)
-    pieces = flat[: flat.numel() // _PIECE_BYTES * _PIECE_BYTES].view(-1, _PIECE_BYTES)
+    pieces = flat[: flat.numel() // PIECE_BYTES * PIECE_BYTES].view(-1, PIECE_BYTES)
 
     def reading(piece: torch.Tensor) -> Callable[[], object]:
         if kernels.usable(piece):
             return lambda: kernels.read_all(piece)
         return lambda: piece.view(torch.int64).sum()
 
-    return _PIECE_BYTES / seconds([reading(piece) for piece in pieces])
+    return [reading(piece) for piece in pieces]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -140,11 +140,12 @@ def test_same_bits_wherever_the_bytes_lie(spec, backend):
 
 
 @pytest.mark.parametrize("spec", CODED)
-def test_rows_do_not_depend_on_what_is_computed_beside_them(spec, backend):
+@pytest.mark.parametrize(("num_rows", "num_cols"), [(301, 1152), (15, 2304)])
+def test_rows_do_not_depend_on_what_is_computed_beside_them(spec, backend, num_rows, num_cols):
     """Neither on the number of threads, nor on the other tokens of a small batch."""
     fmt = get_format(spec)
     block = fmt.layout((0, 4096)).block_cols
-    shape = (301, 1152 // block * block or 1152)
+    shape = (num_rows, num_cols // block * block or num_cols)
     packed = fmt.quantize(random(*shape))
     x = random(7, shape[1], seed=1).to(torch.bfloat16)
     expected = fmt.linear(x, packed, shape)

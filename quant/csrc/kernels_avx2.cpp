@@ -28,6 +28,7 @@ namespace {
 struct V {
     static constexpr int kLanes = 8;
     static constexpr int kRows = 1;
+    static constexpr int kShortRows = 1;
     static constexpr bool kLooksUpWords = false;  // tables of bf16
     using Floats = __m256;
     using Words = __m256i;

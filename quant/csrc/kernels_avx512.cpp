@@ -35,6 +35,7 @@ namespace {
 struct V {
     static constexpr int kLanes = 16;
     static constexpr int kRows = 2;
+    static constexpr int kShortRows = 4;  // short rows of one token that are begun at once
     static constexpr bool kLooksUpWords = true;  // tables of bf16
     using Floats = __m512;
     using Words = __m512i;
@@ -50,6 +51,16 @@ struct V {
     static ALWAYS_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
     static ALWAYS_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
     static ALWAYS_INLINE float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+    // the same of several vectors, in the same order
+    static ALWAYS_INLINE void sums(const Floats (&v)[kShortRows], float* out) {
+        __m128 quarters[kShortRows];
+        for (int i = 0; i < kShortRows; i++) {
+            const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+            quarters[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        }
+        _MM_TRANSPOSE4_PS(quarters[0], quarters[1], quarters[2], quarters[3]);
+        _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(quarters[0], quarters[2]), _mm_add_ps(quarters[1], quarters[3])));
+    }
     static ALWAYS_INLINE Floats gather(const float* p, const int32_t* index) {
         return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4);
     }

@@ -21,6 +21,7 @@ namespace {
 struct V {
     static constexpr int kLanes = 4;
     static constexpr int kRows = 2;
+    static constexpr int kShortRows = 1;
     static constexpr bool kLooksUpWords = false;  // tables of bf16
     using Floats = float32x4_t;
     using Words = uint32x4_t;

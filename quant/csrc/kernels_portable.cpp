@@ -18,6 +18,7 @@ namespace {
 struct V {
     static constexpr int kLanes = 8;
     static constexpr int kRows = 1;
+    static constexpr int kShortRows = 1;
     static constexpr bool kLooksUpWords = false;  // tables of bf16
     struct Floats {
         float lane[kLanes];

@@ -3,9 +3,10 @@
 // A row of the weight times a token is one chain of operations whose order depends on the columns alone: not on which
 // rows or tokens are computed beside it, on threads, or on addresses. Hence the same bits whatever the batch or slot.
 
-// Where a scale serves several interleaved groups, or is fp32: rare, and kept out of the loops.
+// Where a scale serves several interleaved groups, or is fp32: rare, and kept out of the loops. The weight by value: a
+// reference would keep what the loops use in memory.
 template <int kLanes>
-NEVER_INLINE V::Floats shared_group_scales(const PackedWeight& weight, int64_t row, int64_t group, int64_t num_groups,
+NEVER_INLINE V::Floats shared_group_scales(PackedWeight weight, int64_t row, int64_t group, int64_t num_groups,
                                            int64_t groups_per_scale) {
     float scales[kLanes] = {};
     const int64_t first = row * (num_groups / groups_per_scale);

@@ -153,36 +153,33 @@ struct IntegerProduct {
     float* products;
 };
 
-// Rows [row, row + kRows) times tokens [token, token + kTokens).
+// The scales of a row's groups times those of a token's, to `products`.
+template <class Codes>
+ALWAYS_INLINE void multiply_scales(const IntegerProduct<Codes>& call, int64_t row, const int16_t* input, float* products) {
+    const float* const input_scales = reinterpret_cast<const float*>(input + call.input.cols);
+    for (int64_t g = 0; g < call.input.num_groups; g += V::kLanes) {
+        const V::Floats scale = group_scales(call.weight, row, g, call.input.num_groups, call.input.groups_per_scale);
+        V::store(products + g, V::mul(scale, V::load(input_scales + g)));
+    }
+}
+
+// Asks for the scales of a later tile.
+template <class Codes>
+ALWAYS_INLINE void prefetch_scales(const IntegerProduct<Codes>& call, int64_t row, int64_t num_rows) {
+    const uint8_t* const scales = static_cast<const uint8_t*>(call.weight.scales);
+    const uint8_t* const later = scales + (row + call.ahead_rows) * call.scale_bytes;
+    for (int64_t i = 0; i < num_rows * call.scale_bytes; i += 64) V::prefetch(later + i);
+}
+
+// Adds kRows rows of codes times kTokens tokens to `total`; `products` has what multiply_scales made for each.
 template <class Codes, int kInterleave, int kRows, int kTokens>
-ALWAYS_INLINE void multiply_integers(const IntegerProduct<Codes>& call, int64_t row, int64_t token) {
+ALWAYS_INLINE void add_codes(const IntegerProduct<Codes>& call, const uint8_t* codes, const int16_t* const* inputs,
+                             const float* products, Sums<kRows, kTokens>& total) {
     // groups of codes in a chunk; with narrow vectors a group takes several chunks
     constexpr int kGroups = Codes::kCodes > kInterleave ? Codes::kCodes / kInterleave : 1;
     constexpr int kChunksPerGroup = Codes::kCodes < kInterleave ? kInterleave / Codes::kCodes : 1;
-    const PackedWeight& weight = call.weight;
-    const int64_t row_bytes = weight.row_bytes;
+    const int64_t row_bytes = call.weight.row_bytes;
     const int64_t scales_stride = call.input.num_scales;
-    float* const products = call.products;
-    const uint8_t* const codes = weight.codes + row * row_bytes;
-    const int16_t* inputs[kTokens];
-    for (int t = 0; t < kTokens; t++) {
-        inputs[t] = reinterpret_cast<const int16_t*>(call.x.data + (token + t) * call.x.stride_bytes);
-    }
-    for (int r = 0; r < kRows; r++) {
-        const uint8_t* scales = static_cast<const uint8_t*>(weight.scales);
-        const uint8_t* later = scales + (row + r + call.ahead_rows) * call.scale_bytes;
-        for (int64_t i = 0; i < call.scale_bytes; i += 64) V::prefetch(later + i);
-        for (int64_t g = 0; g < call.input.num_groups; g += V::kLanes) {
-            const V::Floats scale =
-                group_scales(weight, row + r, g, call.input.num_groups, call.input.groups_per_scale);
-            for (int t = 0; t < kTokens; t++) {
-                const V::Floats input_scale = V::load(reinterpret_cast<const float*>(inputs[t] + call.input.cols) + g);
-                V::store(products + (r * kTokens + t) * scales_stride + g, V::mul(scale, input_scale));
-            }
-        }
-    }
-    Sums<kRows, kTokens> total;
-    total.clear();
     const auto add_chunk = [&](V::Shorts(&values)[kRows][Codes::kSteps], int64_t chunk) {
         const float* chunk_scales = products + chunk / kChunksPerGroup * kGroups;
         for (int t = 0; t < kTokens; t++) {
@@ -217,12 +214,62 @@ ALWAYS_INLINE void multiply_integers(const IntegerProduct<Codes>& call, int64_t 
         }
         add_chunk(values, whole);
     }
+}
+
+// Rows [row, row + kRows) times tokens [token, token + kTokens).
+template <class Codes, int kInterleave, int kRows, int kTokens>
+ALWAYS_INLINE void multiply_integers(const IntegerProduct<Codes>& call, int64_t row, int64_t token) {
+    const int16_t* inputs[kTokens];
+    for (int t = 0; t < kTokens; t++) {
+        inputs[t] = reinterpret_cast<const int16_t*>(call.x.data + (token + t) * call.x.stride_bytes);
+    }
+    for (int r = 0; r < kRows; r++) {
+        prefetch_scales(call, row + r, 1);
+        for (int t = 0; t < kTokens; t++) {
+            multiply_scales(call, row + r, inputs[t], call.products + (r * kTokens + t) * call.input.num_scales);
+        }
+    }
+    Sums<kRows, kTokens> total;
+    total.clear();
+    add_codes<Codes, kInterleave>(call, call.weight.codes + row * call.weight.row_bytes, inputs, call.products, total);
     for (int r = 0; r < kRows; r++) {
         for (int t = 0; t < kTokens; t++) {
             store_from_float(call.out.data, call.out.dtype, (token + t) * call.out.stride + row + r,
                              V::sum(total.at[r][t]));
         }
     }
+}
+
+// Groups up to which a row is short: where what it takes besides its codes is a good part of its time.
+constexpr int64_t kShortRowGroups = 32;
+
+// One token times rows [row, row_end), kTile at a time; returns the first that is left. Codes are read row after row,
+// since the hardware reads ahead of one stream better than of several; what else a row takes, its scales and the sum of
+// its lanes, is done for all of a tile at once. Not inline: among other loops the compiler runs out of registers.
+template <class Codes, int kInterleave, int kTile, class W = V>
+NEVER_INLINE int64_t multiply_one_token(const IntegerProduct<Codes>& of, int64_t row, int64_t row_end) {
+    const IntegerProduct<Codes> call = of;
+    const int16_t* const input = reinterpret_cast<const int16_t*>(call.x.data);
+    for (; row + kTile <= row_end; row += kTile) {
+        prefetch_scales(call, row, kTile);
+        for (int r = 0; r < kTile; r++) multiply_scales(call, row + r, input, call.products + r * call.input.num_scales);
+        V::Floats totals[kTile];
+        for (int r = 0; r < kTile; r++) {
+            Sums<1, 1> total;
+            total.clear();
+            add_codes<Codes, kInterleave>(call, call.weight.codes + (row + r) * call.weight.row_bytes, &input,
+                                          call.products + r * call.input.num_scales, total);
+            totals[r] = total.at[0][0];
+        }
+        float sums[kTile];
+        if constexpr (kTile == 1) {
+            sums[0] = W::sum(totals[0]);
+        } else {
+            W::sums(totals, sums);
+        }
+        for (int r = 0; r < kTile; r++) store_from_float(call.out.data, call.out.dtype, row + r, sums[r]);
+    }
+    return row;
 }
 
 template <class Codes, int kInterleave, int kRows>
@@ -239,13 +286,19 @@ void linear_rows_of(const PackedWeight& weight, const PreparedInput& x, int64_t 
                     const Matrix& out) {
     const IntegerInput input = integer_input(weight);
     const int64_t scale_size = weight.scale_type == SCALE_F16 ? 2 : weight.scale_type == SCALE_F32 ? 4 : 1;
-    const std::unique_ptr<float[]> products(new float[static_cast<size_t>(V::kRows * 4 * input.num_scales)]());
+    // a vector of scales that straddles two lines of the cache would be read back late
+    const size_t count = static_cast<size_t>(V::kRows * 4 * input.num_scales);
+    const std::unique_ptr<float[]> storage(new float[count + 16]());
+    float* const products = storage.get() + (64 - reinterpret_cast<uintptr_t>(storage.get()) % 64) % 64 / 4;
     const IntegerProduct<Codes> call = {
         weight, input, x, out, Codes(weight), ceil_div(kPrefetchBytes, weight.row_bytes > 0 ? weight.row_bytes : 1),
-        input.num_groups / input.groups_per_scale * scale_size, products.get()};
+        input.num_groups / input.groups_per_scale * scale_size, products};
     int64_t row = row_begin;
     if (x.num_tokens == 1) {
-        for (; row < row_end; row++) multiply_integers<Codes, kInterleave, 1, 1>(call, row, 0);
+        if (V::kShortRows > 1 && input.num_groups <= kShortRowGroups) {
+            row = multiply_one_token<Codes, kInterleave, V::kShortRows>(call, row, row_end);
+        }
+        multiply_one_token<Codes, kInterleave, 1>(call, row, row_end);
         return;
     }
     for (; row + V::kRows <= row_end; row += V::kRows) multiply_rows<Codes, kInterleave, V::kRows>(call, row);
