@@ -7,6 +7,7 @@ from typing import Protocol
 
 from moe_offload.errors import ExpertReadError, MoeOffloadError
 from moe_offload.offload.pack.manifest import ExpertSpec
+from moe_offload.offload.streaming.running_checksum import RunningChecksum
 
 # Chunks of speculation read at once: as fast as more on one disk, and what a demand has to wait for when it comes.
 MAX_SPECULATIVE_CHUNKS = 2
@@ -66,6 +67,7 @@ class Read:
         self.next_bytes = 0  # how many were handed out
         self.num_landed = 0  # chunks, from the first of the order on
         self.on_landed: OnLanded | None = None
+        self.checksum: RunningChecksum | None = None  # of what has landed, if it is to be verified
         self.in_flight = 0
         self.guessed_in_flight = 0  # those of them that were handed out as speculation
         self.rereads = 0
@@ -112,6 +114,8 @@ class Read:
         self.rereads += 1
         self.next_chunk = self.next_bytes = self.num_landed = 0
         self._landed.clear()
+        if self.checksum is not None:
+            self.checksum = RunningChecksum()
 
     def cancel(self) -> bool:
         """Give up a speculative read between chunks; True if it will not deliver.

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Literal, Protocol, get_args
 
 import numpy as np
-import xxhash
 
 from moe_offload.errors import ConfigError, ExpertReadError, MoeOffloadError, PackCorruptError
 from moe_offload.offload.pack.manifest import REPACK, SLOT_ALIGNMENT_BYTES, PackManifest
@@ -19,6 +18,7 @@ from moe_offload.offload.streaming.disk import DirectDisk, Disk
 from moe_offload.offload.streaming.open_files import OpenFiles
 from moe_offload.offload.streaming.read_queue import OnDone, Read, ReadCancelledError, ReadQueue, ReadWatcher
 from moe_offload.offload.streaming.reader_stats import ReaderCounters, ReaderStats
+from moe_offload.offload.streaming.running_checksum import RunningChecksum
 
 __all__ = ["ExpertReader", "Read", "ReadCancelledError", "ReadObserver", "ReadWatcher", "ReaderStats", "Verify"]
 
@@ -108,6 +108,8 @@ class ExpertReader:
             source,
             order or self._from_the_beginning(into.nbytes),
         )
+        if source is None and self._must_verify(read):
+            read.checksum = RunningChecksum()
         self._queue.add(read)
         return read
 
@@ -173,7 +175,8 @@ class ExpertReader:
     def _read_chunk(self, read: Read, span: range) -> MoeOffloadError | None:
         """Read one chunk, trying again what may pass. Errors are returned: raised, they would hold on to the slot."""
         assert read.into is not None
-        into = read.into[span.start : span.stop]
+        memory = read.into
+        into = memory[span.start : span.stop]
         if read.source is not None:
             # numpy lets other threads run meanwhile, and starts none of its own.
             np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(read.source[span.start : span.stop], np.uint8))
@@ -193,6 +196,8 @@ class ExpertReader:
                             raise EOFError
                         done_bytes += count
                 self._counters.add(bytes_read=len(into))
+                if read.checksum is not None:
+                    read.checksum.landed(memory, span)
                 return None
             except (OSError, EOFError) as error:
                 problem = error.with_traceback(None)
@@ -221,9 +226,8 @@ class ExpertReader:
 
     def _conclude(self, read: Read) -> None:
         """Verify a read whose bytes are all there, or that failed, and settle it."""
-        if read.error is None and not read.from_memory and self._must_verify(read):
-            assert read.into is not None
-            found = xxhash.xxh3_64_hexdigest(read.into)
+        if read.error is None and read.checksum is not None:
+            found = read.checksum.hexdigest()
             if found == read.spec.checksum:
                 self._verified[read.layer_idx][read.expert_idx] = True
                 self._counters.add(verified=1)
