@@ -15,11 +15,12 @@ Show = Callable[[Piece], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said; ``stopped``: the user ended it."""
+    """What the model said; ``stopped``: the user ended it; ``is_last``: and with it this process."""
 
     text: str
     thinking: str = ""
     stopped: bool = False
+    is_last: bool = False
 
 
 def chat_answer(model: LanguageModel, messages: list[dict[str, str]], sampling: Sampling, show: Show) -> Answer:
@@ -42,7 +43,7 @@ def chat_answer(model: LanguageModel, messages: list[dict[str, str]], sampling: 
         yield from splitter.finish()
 
     answer = _collect(model, pieces(), show)
-    return Answer(answer.text.strip(), answer.thinking.strip(), answer.stopped)
+    return Answer(answer.text.strip(), answer.thinking.strip(), answer.stopped, answer.is_last)
 
 
 def raw_answer(model: LanguageModel, prompt: str, sampling: Sampling, show: Show) -> Answer:
@@ -60,7 +61,7 @@ def _collect(model: LanguageModel, pieces: Iterable[Piece], show: Show) -> Answe
             show(piece)
             if interruption.asked:
                 model.stop()  # once more: the first time may have come before the answer was under way
-    return Answer("".join(said["answer"]), "".join(said["thinking"]), interruption.asked)
+    return Answer("".join(said["answer"]), "".join(said["thinking"]), interruption.asked, interruption.is_the_end)
 
 
 def _template_opens_thinking(tokenizer: Any, messages: list[dict[str, str]]) -> bool:

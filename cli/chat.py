@@ -38,7 +38,7 @@ def chat(
     Where input or output is not a terminal, one message is read from the input (a question of our own if it is empty),
     the answer alone goes to the output, and everything else to the error output.
     """
-    from moe_offload.cli.ranks import serve, serves_experts, started_by_torchrun
+    from moe_offload.cli.ranks import serve, serves_experts
 
     if serves_experts():
         serve(model, given(load))
@@ -63,7 +63,6 @@ def chat(
         rich_view = interactive and not plain and notes.is_terminal and not notes.is_dumb_terminal
         view: AnswerView = MarkdownView(notes) if rich_view else PlainView(sys.stdout, thinking=interactive)
         session = ChatSession(opened.model, opened.name, sampling, view, notes, system)
-        session.ends_when_stopped = started_by_torchrun()
         if message is not None:
             notes.print(Text(f"> {message}", style="dim"))
             if session.answer(message).stopped:

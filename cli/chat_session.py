@@ -33,8 +33,6 @@ class ChatSession:
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
     over: bool = False
-    ends_when_stopped: bool = False
-    """Whether Ctrl-C, which stops an answer, is the end: where whoever started this process takes it for that."""
 
     def run(self, read_message: Callable[[], str]) -> None:
         """Read and answer until /exit or the end of the input; errors are shown, and the conversation goes on."""
@@ -47,9 +45,11 @@ class ChatSession:
                 return
             try:
                 if message and not self._command(message):
-                    stopped = self.answer(message).stopped
+                    answer = self.answer(message)
                     self.notes.print()
-                    self.over |= stopped and self.ends_when_stopped
+                    if answer.is_last:
+                        self.notes.print(Text("torchrun was told to end, and ends all ranks", style="yellow"))
+                        self.over = True
             except PeerLostError:
                 raise
             except (MoeOffloadError, OSError) as error:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
+from moe_offload.cli.ranks import started_by_torchrun
+
 
 class Stoppable(Protocol):
     """Something that can be asked to end early."""
@@ -19,9 +21,15 @@ class Stoppable(Protocol):
 
 @dataclass
 class Interruption:
-    """Whether the user asked to stop."""
+    """Whether the user asked to stop; ``by_key``: by a key that came to this process alone."""
 
     asked: bool = False
+    by_key: bool = False
+
+    @property
+    def is_the_end(self) -> bool:
+        """Whether torchrun has passed the signal on, which ends all ranks soon."""
+        return self.asked and not self.by_key and started_by_torchrun()
 
 
 @contextmanager
@@ -40,17 +48,29 @@ def stop_on_interrupt(model: Stoppable) -> Iterator[Interruption]:
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        with _no_echo():
+        with _quiet_keys(interruption):
             yield interruption
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
-def _no_echo() -> Iterator[None]:
-    """Keep what is typed meanwhile, and ``^C``, out of the answer on the screen; it is read afterwards."""
+def _quiet_keys(interruption: Interruption) -> Iterator[None]:
+    """Keep what is typed meanwhile, and ``^C``, out of the answer on the screen; it is read afterwards.
+
+    torchrun, which has the terminal, would take Ctrl-C for the end of all ranks: under it the key is read here.
+    """
     if sys.stdin is None or not sys.stdin.isatty():
         yield
+        return
+    if started_by_torchrun():
+        from moe_offload.cli.interrupt_key import interrupt_by_key
+
+        def pressed() -> None:
+            interruption.by_key = True
+
+        with interrupt_by_key(sys.stdin.fileno(), pressed):
+            yield
         return
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)

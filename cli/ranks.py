@@ -52,7 +52,7 @@ def refuse_ranks(what: str) -> None:
 
 
 def started_by_torchrun() -> bool:
-    """Whether Ctrl-C goes to torchrun, which ends all ranks."""
+    """Whether there is a launcher that takes Ctrl-C for itself, and ends all ranks then."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 

@@ -1,17 +1,11 @@
 """The chat as a user meets it: a program on a pseudo-terminal, driven by key strokes."""
 
 import os
-import pty
-import re
-import select
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from terminal import Terminal
 
-TESTS = Path(__file__).parent
 CHAT = """
 import sys, cli_fake, pytest
 from moe_offload.cli.main import run
@@ -24,68 +18,6 @@ print("ASKED", model.asked)
 sys.exit(status)
 """
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"
-_ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|[=>78])")
-DEADLINE_S = 60
-
-
-class Terminal:
-    """A program on a terminal of 100 x 30."""
-
-    def __init__(self, home, replies, *args):
-        self.master, slave = pty.openpty()
-        import fcntl
-        import struct
-        import termios
-
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        environment = os.environ | {"TERM": "xterm-256color", "MOE_OFFLOAD_HOME": str(home), "PYTHONWARNINGS": "error"}
-        environment.pop("NO_COLOR", None)
-        self.program = subprocess.Popen(
-            [sys.executable, "-c", CHAT.format(replies=replies, args=list(args))],
-            cwd=TESTS,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(slave)
-        self.raw = ""
-        self.seen = 0
-
-    def type(self, keys):
-        os.write(self.master, keys.encode())
-
-    def wait_for(self, text):
-        """Read on until ``text`` shows up after what was waited for before."""
-        deadline = time.monotonic() + DEADLINE_S
-        while (at := self.raw.find(text, self.seen)) < 0:
-            ready, _, _ = select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come; the terminal got {self.raw!r}"
-            try:
-                self.raw += os.read(self.master, 65536).decode(errors="replace")
-            except OSError as error:
-                raise AssertionError(f"{text!r} did not come; the program ended after {self.raw!r}") from error
-            if "\x1b[6n" in self.raw[self.seen :]:
-                self.type("\x1b[1;1R")  # a terminal tells where its cursor is when it is asked
-                self.raw = self.raw.replace("\x1b[6n", "")
-        self.seen = at + len(text)
-
-    def wait_for_prompt(self):
-        self.wait_for("\x1b[?2004h")  # the line editor switches bracketed paste on
-
-    def end(self):
-        """The exit status, once the program has ended."""
-        try:
-            while True:
-                self.raw += os.read(self.master, 65536).decode(errors="replace")
-        except OSError:
-            return self.program.wait(DEADLINE_S)
-
-    @property
-    def text(self):
-        return _ESCAPES.sub("", self.raw)
 
 
 @pytest.fixture
@@ -93,7 +25,8 @@ def chat(tmp_path):
     terminals = []
 
     def start(replies, *args):
-        terminals.append(Terminal(tmp_path, replies, *args))
+        program = CHAT.format(replies=replies, args=list(args))
+        terminals.append(Terminal(tmp_path, [sys.executable, "-c", program], PYTHONWARNINGS="error"))
         return terminals[-1]
 
     yield start
