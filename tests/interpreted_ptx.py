@@ -71,6 +71,10 @@ def _step(line: str, registers: dict[str, Register]) -> None:
         for i, target in enumerate(targets.split(", ")):
             registers[target] = _load(registers[place] + 4 * i)
         return
+    if opcode == "mov.b32":
+        low, high, source = re.fullmatch(r"\{(.*), (.*)\}, (.*)", operands).groups()
+        registers[low], registers[high] = registers[source] & np.uint64(0xFFFF), registers[source] >> np.uint64(16)
+        return
     target, *sources = operands.replace("[", "").replace("]", "").split(", ")
     numbers = [registers[name] if name in registers else _immediate(name) for name in sources]
     registers[target] = _INSTRUCTIONS[opcode](*numbers)
@@ -124,6 +128,10 @@ def _permute(low: Register, high: Register, selectors: Register) -> Register:
     return result
 
 
+def _half_to_float(half: Register) -> Register:
+    return half.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32).astype(np.uint64)
+
+
 _INSTRUCTIONS: dict[str, Callable[..., Register]] = {
     "mov.u32": lambda source: source,
     "and.b32": lambda a, b: a & b,
@@ -134,4 +142,5 @@ _INSTRUCTIONS: dict[str, Callable[..., Register]] = {
     "ld.global.u8": lambda places: _load(places, np.uint8),
     "shfl.sync.idx.b32": _shuffle,
     "prmt.b32": _permute,
+    "cvt.f32.f16": _half_to_float,
 }

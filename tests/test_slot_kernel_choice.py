@@ -41,6 +41,18 @@ def test_bitsandbytes_computes_few_rows(
     assert outputs[1, 1].isnan().all()
 
 
+@pytest.mark.parametrize("spec", ["nf4", "bnb-nf4-32", "bnb-fp4-64"])
+def test_bitsandbytes_is_called_as_it_wants(spec: str) -> None:
+    """By its own description of the product, which checks shapes and dtypes; it computes nothing."""
+    slab = random_slab(spec, hidden=128, inner=192, num_slots=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.empty(1, 128, dtype=dtype, device="meta")
+        output = BitsandbytesKernels().expert_output(slab.mlp, slab.data[0].to("meta"), x)
+        assert (output.shape, output.dtype) == ((1, 128), dtype)
+    arguments = [argument.name for argument in torch.ops.bitsandbytes.gemv_4bit.default._schema.arguments]
+    assert arguments == ["A", "B", "shapeB", "absmax", "code", "blocksize"]
+
+
 @pytest.mark.parametrize("spec", ["int4", "mxfp4", "int8", "bf16"])
 def test_bitsandbytes_is_not_given_other_codes(spec: str) -> None:
     assert not bitsandbytes_kernels.takes(random_slab(spec).mlp)

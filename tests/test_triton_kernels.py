@@ -264,6 +264,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     script = Path(__file__).with_name("triton_compilation.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "benchmarks")
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ok") == 7

@@ -20,6 +20,15 @@ _TABLE_OF_LANE = tl.constexpr(
     ld.global.nc.b32 $0, [place];
     }"""
 )
+_HALVES = tl.constexpr(
+    """{
+    .reg .b16 low;
+    .reg .b16 high;
+    mov.b32 {low, high}, $2;
+    cvt.f32.f16 $0, low;
+    cvt.f32.f16 $1, high;
+    }"""
+)
 
 
 def _lookup(first_bit: int) -> tl.constexpr:
@@ -60,6 +69,12 @@ def permute_bytes(low, high, selectors):
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selectors], dtype=tl.int32, is_pure=True, pack=1
     )
+
+
+@triton.jit
+def halves(pairs):
+    """fp32 of the fp16 in the low and in the high bits of int32."""
+    return tl.inline_asm_elementwise(_HALVES, "=f,=f,r", [pairs], dtype=(tl.float32, tl.float32), is_pure=True, pack=1)
 
 
 @triton.jit

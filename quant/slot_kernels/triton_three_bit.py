@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_offload.quant.codes import NF3_TABLES, NF3_UNIT
-from moe_offload.quant.slot_kernels.triton_ptx import load_byte, load_four, load_word, permute_bytes
+from moe_offload.quant.slot_kernels.triton_ptx import halves, load_byte, load_four, load_word, permute_bytes
 
 _UNIT_BYTES = tl.constexpr(24)
 
@@ -68,6 +68,4 @@ def three_bit_values(row_codes, tables, unit, within, W: tl.constexpr, PLANE: tl
     selectors = (low | (high << 2)) >> (16 * (PLANE % 4 // 2))
     low_bytes = permute_bytes(entries[0], entries[1], selectors)
     high_bytes = permute_bytes(entries[2], entries[3], selectors)
-    pair = permute_bytes(low_bytes, high_bytes, 0x6240)
-    bits = pair >> 16 if PLANE % 2 == 1 else pair & 0xFFFF
-    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return halves(permute_bytes(low_bytes, high_bytes, 0x6240))[PLANE % 2]
