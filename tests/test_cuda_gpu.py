@@ -4,7 +4,7 @@ import gc
 import random
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -191,14 +191,39 @@ def random_tier(folder: Path, *, num_slots: int, num_host_slots: list[int]) -> C
     )
 
 
+class Foreseen:
+    """Predicts, on the device, that all layers choose the same."""
+
+    def __init__(self) -> None:
+        self.index: torch.Tensor | None = None
+        self.brought: list[tuple[int, torch.Tensor]] = []
+
+    def ask(self, layer_idx: int) -> Iterator[tuple[int, torch.Tensor]]:
+        assert self.index is not None
+        yield layer_idx + 1, self.index + 0
+
+    def fetched(self, layer_idx: int, predictions: Sequence[tuple[int, torch.Tensor]]) -> None:
+        self.brought = list(predictions)
+
+    def after_routing(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        assert [index.device.type for _, index in self.brought] == ["cpu"]
+
+    def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 7])
-def test_a_layer_waits_once_for_the_device(tmp_path: Path, num_tokens: int):
+def test_a_layer_waits_once_for_the_device(tmp_path: Path, num_tokens: int, looks_ahead: bool):
     tier = random_tier(tmp_path / "pack", num_slots=4, num_host_slots=[0, 0])
     residency = Residency(ExpertCache([4, 4], [4, 4]), tier)
+    foreseen, step = Foreseen(), StepState()
+    step.predictor = foreseen if looks_ahead else None
     try:
-        layer = ExpertLayer(0, 4, residency, StepState())
+        layer = ExpertLayer(0, 4, residency, step)
         x = torch.randn(num_tokens, 16, device="cuda")
         index = torch.stack([torch.randperm(4)[:2] for _ in range(num_tokens)]).cuda()
+        foreseen.index = index
         weights = torch.rand(num_tokens, 2, device="cuda")
         args = (x, index, weights, lambda expert, rows: rows * 2)
         expected = layer.routed(*args)
@@ -207,6 +232,10 @@ def test_a_layer_waits_once_for_the_device(tmp_path: Path, num_tokens: int):
             result = layer.routed(*args)
         assert len(waits) == 1, waits
         assert torch.equal(result, expected)
+        for target_idx, brought in foreseen.brought:
+            assert target_idx == 1
+            assert torch.equal(brought, index.cpu())
+        assert len(foreseen.brought) == looks_ahead
     finally:
         residency.close()
 
@@ -251,6 +280,10 @@ def test_slabs_are_page_locked_and_copies_do_not_wait():
         assert called.wait(60)
         assert event.is_over()
         assert int(total) == 7 << 20
+        carried = queue.link.totals()
+        assert carried.num_bytes == 1 << 20
+        assert 1e8 < queue.link.peak_bytes_per_s < 1e12
+        assert carried.busy_ns == pytest.approx((1 << 20) / queue.link.peak_bytes_per_s * 1e9, rel=1e-3)
         queue.close()
 
 
