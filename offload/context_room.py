@@ -14,6 +14,7 @@ from transformers import Cache
 from moe_offload.errors import BudgetError
 from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.graphs.answer_cache import AnswerCache
 from moe_offload.offload.pass_inputs import pass_tokens
 from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer
 from moe_offload.offload.planning.plan import Plan
@@ -89,24 +90,30 @@ class ContextRoom:
             return
         texts = self._texts(tokens.shape[0], tokens.shape[1], cache)
         if texts or self._behind or self._num_slots != list(self._plan.num_slots):
-            self._make_room(texts, tokens.shape[1])
+            self._make_room(texts, *tokens.shape[:2])
 
     def _texts(self, batch_size: int, num_new: int, cache: Cache | None) -> list[tuple[int, int]]:
         """Size and tokens of each batch that is in memory; none where it is the one text that was planned."""
-        # A cache of fixed size grows no more; and how much of it is in use, only the device may know.
-        is_fixed = isinstance(cache, Cache) and cache.is_compileable
-        if isinstance(cache, Cache) and not is_fixed:
-            self._tokens[cache] = (batch_size, cache.get_seq_length() + num_new)
+        if isinstance(cache, Cache):
+            self._tokens[cache] = (batch_size, self._tokens_of(cache, num_new))
         texts = list(self._tokens.values())
         if not isinstance(cache, Cache):  # the model makes one in this pass, which then comes back with the next
             texts.append((batch_size, num_new))
-        is_planned = not texts or (
-            len(texts) == 1 and texts[0][0] == 1 and texts[0][1] <= self._plan.context_tokens and not is_fixed
-        )
+        is_planned = len(texts) == 1 and texts[0][0] == 1 and texts[0][1] <= self._plan.context_tokens
         return [] if is_planned else texts
 
-    def _make_room(self, texts: Sequence[tuple[int, int]], num_new: int) -> None:
-        for device, needed_bytes in zip(self._devices, self._needed_bytes(texts, num_new), strict=True):
+    def _tokens_of(self, cache: Cache, num_new: int) -> int:
+        """Tokens that a cache has memory for, once this pass is over."""
+        if not cache.is_compileable:
+            return int(cache.get_seq_length()) + num_new
+        # One of fixed size takes all of it at once; how much of that is in use, only the device may know.
+        own = getattr(cache, "self_attention_cache", cache)  # a decoder's, beside what it sees of its encoder
+        num_tokens = max(int(getattr(layer, "max_cache_len", 0)) for layer in own.layers)
+        # An answer's own is of the planned context, rounded up as attention kernels want it.
+        return min(num_tokens, self._plan.context_tokens) if isinstance(cache, AnswerCache) else num_tokens
+
+    def _make_room(self, texts: Sequence[tuple[int, int]], batch_size: int, num_new: int) -> None:
+        for device, needed_bytes in zip(self._devices, self._needed_bytes(texts, batch_size, num_new), strict=True):
             slots = self._slots_beside(device, max(0, needed_bytes - device.room_bytes), texts)
             for layer_idx, num_slots in zip(device.layers, slots, strict=True):
                 if num_slots != self._num_slots[layer_idx]:
@@ -159,14 +166,15 @@ class ContextRoom:
             )
         return fill_slots(needs, room_bytes)
 
-    def _needed_bytes(self, texts: Sequence[tuple[int, int]], num_new: int) -> list[int]:
-        """Bytes of context on each device, and of the pass that begins."""
+    def _needed_bytes(self, texts: Sequence[tuple[int, int]], batch_size: int, num_new: int) -> list[int]:
+        """Bytes of context on each device, and of the pass that begins: so many new tokens of so many texts."""
         if not texts:
             return [0] * len(self._devices)
         rounded = [(batch_size, -(-num_tokens // self._at_once_tokens)) for batch_size, num_tokens in texts]
         caches = [self._cache_bytes(batch_size, pieces) for batch_size, pieces in rounded]
         longest = max(pieces for _, pieces in rounded) * self._at_once_tokens
-        workspace = self._workspace(min(num_new, self._plan.prefill_chunk_tokens), longest)
+        # What a pass makes has the texts of a batch one beside the other.
+        workspace = batch_size * self._workspace(min(num_new, longest), longest)
         return [
             sum(cache[layer_idx] for cache in caches for layer_idx in device.cache_layers)
             + max(workspace, device.workspace_bytes)

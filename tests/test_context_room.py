@@ -18,6 +18,7 @@ from transformers import DynamicCache, StaticCache
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
 from moe_offload.offload import model as model_module
+from moe_offload.offload.context_room import ContextRoom
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.planning.plan import Plan, make_plan
 from moe_offload.offload.tiers import choice as tiers
@@ -187,11 +188,51 @@ def test_an_interrupted_pass_is_over_for_other_threads(pack: Path, load: Load):
     assert slots_of(model) != planned
 
 
-def test_a_cache_of_fixed_size_takes_nothing(pack: Path, load: Load):
+def step(model: OffloadedModel, cache: Any, *, batch_size: int = 1, num_tokens: int = 4) -> None:
+    with torch.inference_mode():
+        model.model(input_ids=torch.ones(batch_size, num_tokens, dtype=torch.long), past_key_values=cache)
+
+
+def test_a_cache_of_fixed_size_is_counted_whole(pack: Path, load: Load):
     model = load(pack, "cpu", slots=15)
     planned = slots_of(model)
-    cache = StaticCache(config=model.model.config, max_cache_len=4 * LONG_TOKENS)
-    with torch.inference_mode():
-        for _ in range(3):
-            model.model(input_ids=torch.ones(1, 4, dtype=torch.long), past_key_values=cache)
+    cache: Any = StaticCache(config=model.model.config, max_cache_len=PLANNED_TOKENS)
+    step(model, cache)
+    assert slots_of(model) == planned, "as large as the context that was planned"
+    del cache
+    cache = StaticCache(config=model.model.config, max_cache_len=LONG_TOKENS)
+    step(model, cache)
+    given_up = slots_of(model)
+    assert sum(given_up) < sum(planned)
+    step(model, cache)
+    assert slots_of(model) == given_up, "it grows no more"
+    del cache
+    step(model, DynamicCache(config=model.model.config))
     assert slots_of(model) == planned
+
+
+def test_a_batch_is_counted_text_by_text(pack: Path, load: Load):
+    """Keys and values of all of its texts, and what a pass makes of each of them."""
+    slots = []
+    for batch_size in (1, 2, 3):
+        model = load(pack, "cpu", slots=21)
+        room = [device.room_bytes for device in _room(model)._devices]
+        texts = [(batch_size, PLANNED_TOKENS)]
+        needed = _room(model)._needed_bytes(texts, batch_size, PLANNED_TOKENS)
+        one = _room(model)._needed_bytes([(1, PLANNED_TOKENS)], 1, PLANNED_TOKENS)
+        workspace = model.plan.workspace_bytes
+        if batch_size > 1:
+            assert needed[0] - one[0] >= (batch_size - 1) * (one[0] - workspace), "keys and values"
+            assert needed[0] > room[0]
+        step(model, DynamicCache(config=model.model.config), batch_size=batch_size, num_tokens=PLANNED_TOKENS)
+        slots.append(sum(slots_of(model)))
+    assert slots[0] > slots[1] >= slots[2]
+
+
+def _room(model: OffloadedModel) -> ContextRoom:
+    (hook,) = [
+        hook.__self__
+        for hook in model.model._forward_pre_hooks.values()
+        if isinstance(getattr(hook, "__self__", None), ContextRoom)
+    ]
+    return hook
