@@ -131,7 +131,9 @@ struct V {
     }
     // sixteen numbers as bf16, twice: then an index's fifth bit does not matter
     static ALWAYS_INLINE Words word_table(Floats v) {
-        return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(v), 16)));
+        const __m512i odd_words = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25,
+                                                   23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+        return _mm512_permutexvar_epi16(odd_words, bf16_bits(v));
     }
     // what the low nibbles of 32 bytes stand for, and the high ones
     static ALWAYS_INLINE void store_words(uint16_t* low, uint16_t* high, Words table, const uint8_t* p) {

@@ -20,8 +20,9 @@
 namespace {
 
 constexpr int kLanes = 16;
-// Columns of a panel: those of 64 tokens take two thirds of a first-level cache.
-constexpr int64_t kPanelCols = 256;
+// Columns of a panel. Those of 64 tokens are more than a first-level cache holds, which costs less than loading and storing
+// sums more often.
+constexpr int64_t kPanelCols = 512;
 // Tokens of one tile of sums, in vectors.
 constexpr int kMaxVectors = 4;
 // Elements from one row of dequantised weights to the next, such that rows do not fall on the same lines of the cache.
