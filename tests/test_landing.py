@@ -17,6 +17,7 @@ from moe_offload.offload.experts.landing import LandingRows, StepAhead, read_ord
 from moe_offload.offload.experts.weights import MlpParts, PartLayout
 from moe_offload.offload.pack.manifest import LayerLayout
 from moe_offload.offload.streaming import reader
+from moe_offload.offload.streaming.read_queue import cut
 from moe_offload.quant import get_format, kernels
 from moe_offload.quant.activation import Activation
 from moe_offload.quant.moe_layer import MoeStep
@@ -93,10 +94,7 @@ def test_scales_come_before_codes(spec: str) -> None:
     described = LayerLayout.of("experts", 1, parts)
     layout = PartLayout(described.parts)
     order = read_order(layout, described.slot_bytes, CHUNK_BYTES)
-    assert sorted(order, key=lambda chunk: chunk.start) == [
-        range(begin, min(begin + CHUNK_BYTES, described.slot_bytes))
-        for begin in range(0, described.slot_bytes, CHUNK_BYTES)
-    ]
+    assert tuple(sorted(order, key=lambda chunk: chunk.start)) == cut(described.slot_bytes, CHUNK_BYTES)
     mlp = MlpParts(("gate_up",), "down", Activation("sigmoid"), "up_bias")
     rows = LandingRows(layout, mlp, order)
     table = [rows[count] for count in range(len(order) + 1)]

@@ -5,6 +5,7 @@ import tiny_packs
 
 from moe_offload.errors import ConfigError, ExpertReadError
 from moe_offload.offload.streaming import reader as reader_module
+from moe_offload.offload.streaming.read_queue import cut
 from moe_offload.offload.streaming.reader import ExpertReader, ReadCancelledError
 from moe_offload.offload.streaming.slab import Slab
 
@@ -295,3 +296,13 @@ def test_from_memory_instead_of_the_disk(pack, disk, gate, slab):
         assert bytes(slab.memory(3)) == bytes(source), "as it is there: it was verified when it was read"
         stats = reader.stats
         assert (stats.reads, stats.bytes_read, stats.verified) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("pages", "most_pages", "sizes"),
+    [(1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (12, 5, [4, 4, 4]), (13, 4, [4, 4, 4, 1])],
+)
+def test_chunks_are_as_equal_as_pages_let_them_be(pages, most_pages, sizes):
+    chunks = cut(pages * 4096, most_pages * 4096)
+    assert [len(chunk) // 4096 for chunk in chunks] == sizes
+    assert [at for chunk in chunks for at in chunk] == list(range(pages * 4096))

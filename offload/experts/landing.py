@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from moe_offload.offload.experts.weights import ExpertWeights, MlpParts, PartLayout, Piece
+from moe_offload.offload.streaming.read_queue import cut
 from moe_offload.quant.layout import PackedLayout
 from moe_offload.quant.moe_layer import MoeStep
 
@@ -18,9 +19,9 @@ def read_order(layout: PartLayout, slot_bytes: int, chunk_bytes: int) -> tuple[r
 
     A row can be computed only with its scales, which lie behind all codes. Biases, which are small, come first.
     """
-    chunks = [range(begin, min(begin + chunk_bytes, slot_bytes)) for begin in range(0, slot_bytes, chunk_bytes)]
+    chunks = cut(slot_bytes, chunk_bytes)
     if len(chunks) < MIN_CHUNKS:
-        return tuple(chunks)
+        return chunks
     pieces = [piece for stacked in layout.pieces.values() for piece in stacked]
     first = [range(piece.begin, piece.end) for piece in pieces if piece.packed is None]
     for piece in pieces:

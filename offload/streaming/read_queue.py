@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from moe_offload.errors import ExpertReadError, MoeOffloadError
-from moe_offload.offload.pack.manifest import ExpertSpec
+from moe_offload.offload.pack.manifest import SLOT_ALIGNMENT_BYTES, ExpertSpec
 from moe_offload.offload.streaming.running_checksum import RunningChecksum
 
 # Chunks of speculation read at once: as fast as more on one disk, and what a demand has to wait for when it comes.
@@ -14,6 +14,19 @@ MAX_SPECULATIVE_CHUNKS = 2
 
 OnDone = Callable[[BaseException | None], None]
 OnLanded = Callable[[], None]
+
+
+def cut(size_bytes: int, chunk_bytes: int) -> tuple[range, ...]:
+    """An expert as chunks of at most ``chunk_bytes``, as equal as whole pages let them be.
+
+    A short last chunk would leave the disk with little to do beside the long one before it.
+    """
+    num_chunks = -(-size_bytes // chunk_bytes)
+    pages = -(-size_bytes // (num_chunks * SLOT_ALIGNMENT_BYTES))
+    return tuple(
+        range(begin, min(begin + pages * SLOT_ALIGNMENT_BYTES, size_bytes))
+        for begin in range(0, size_bytes, pages * SLOT_ALIGNMENT_BYTES)
+    )
 
 
 class ReadCancelledError(MoeOffloadError):

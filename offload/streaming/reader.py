@@ -16,7 +16,7 @@ from moe_offload.errors import ConfigError, ExpertReadError, MoeOffloadError, Pa
 from moe_offload.offload.pack.manifest import REPACK, SLOT_ALIGNMENT_BYTES, PackManifest
 from moe_offload.offload.streaming.disk import DirectDisk, Disk
 from moe_offload.offload.streaming.open_files import OpenFiles
-from moe_offload.offload.streaming.read_queue import OnDone, Read, ReadCancelledError, ReadQueue, ReadWatcher
+from moe_offload.offload.streaming.read_queue import OnDone, Read, ReadCancelledError, ReadQueue, ReadWatcher, cut
 from moe_offload.offload.streaming.reader_stats import ReaderCounters, ReaderStats
 from moe_offload.offload.streaming.running_checksum import RunningChecksum
 
@@ -116,8 +116,7 @@ class ExpertReader:
     def _from_the_beginning(self, size_bytes: int) -> Sequence[range]:
         order = self._orders.get(size_bytes)
         if order is None:
-            ends = [*range(self.chunk_bytes, size_bytes, self.chunk_bytes), size_bytes]
-            order = self._orders[size_bytes] = tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False))
+            order = self._orders[size_bytes] = cut(size_bytes, self.chunk_bytes)
         return order
 
     @property
