@@ -62,9 +62,10 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's machine code, and what a program of it takes."""
+    """A kernel's machine code, what that was before the layouts of tensors were lowered, and what a program takes."""
 
     code: str
+    layouts: str
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -99,7 +100,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capabil
             for option in ("-res-usage", "-sass")
         )
     registers, stack_bytes = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
-    return Compiled(code, registers, stack_bytes, built.metadata.shared)
+    return Compiled(code, built.asm["ttgir"], registers, stack_bytes, built.metadata.shared)
 
 
 def longest_loop(code: str) -> list[str]:

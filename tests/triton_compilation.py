@@ -1,5 +1,6 @@
 """Compiles the kernels for GPUs that are not here: a script, since a process either compiles or interprets."""
 
+import re
 from typing import Any
 
 import torch
@@ -14,10 +15,17 @@ _SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 22
 
 
 def check(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int, most: float) -> None:
-    """That it fits, and that a decode step's second product takes at most so many instructions a weight."""
+    """That it fits, that tables of lanes stay where they are, and how many instructions a weight takes.
+
+    At most ``most`` in a decode step's second product.
+    """
     built = compiled(kernel, args, kwargs, capability)
     assert built.shared_bytes <= _SHARED_BYTES[capability], (kernel, built.shared_bytes)
     assert built.stack_bytes <= 128, f"{kernel}: registers do not suffice: {built.stack_bytes} bytes beside them"
+    tables = re.findall(r'inline_asm "[^"]*shfl[^"]*" {[^}]*} %\w+, (%\w+) :', built.layouts)
+    assert bool(tables) == ("shfl.sync" in built.layouts)
+    for table in tables:  # a register of each lane's own: what exchanged or copied it between lanes would ruin it
+        assert re.search(rf"{table} = tt.splat ", built.layouts), f"{kernel}: a table of lanes is no scalar"
     if kernel.__name__ == "decode_down":
         num_weights = kwargs["ROWS"] * kwargs["STEP"] * kwargs["DOWN"].unit / 32
         count = len(longest_loop(built.code)) / num_weights
