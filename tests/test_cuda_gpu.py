@@ -92,7 +92,7 @@ def test_experts_come_through_page_locked_memory(pack: Path):
 
 
 def test_every_copy_is_in_the_trace(pack: Path):
-    with load(pack, host_slots=12, prefetch=0) as model:
+    with load(pack, host_slots=12, prefetch=0, warm_start=False) as model:
         inputs = {k: v.to("cuda") for k, v in example_inputs(model.model.config).items()}
         with model.tracing() as recording:
             run_logits(model.model, inputs)
