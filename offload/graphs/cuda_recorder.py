@@ -19,7 +19,8 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._kept: list[torch.cuda.CUDAGraph] = []
+        self._keeper: torch.cuda.CUDAGraph | None = None
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._mark = torch.zeros(1, device=device)
 
     @contextlib.contextmanager
@@ -59,7 +60,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self.begin()
         self._mark.zero_()
-        self._kept.append(self._graph)  # type: ignore[arg-type]
+        self._keeper = self._graph
         self.end()
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -71,11 +72,13 @@ class CudaRecorder:
             try:
                 graph.capture_end()
             except RuntimeError:
-                # torch does not get to telling its allocator, which goes on filling the pool, and asks the graph which
-                # allocations are its own: end that, do not use the pool again, and let the graph live.
-                self._kept.append(graph)
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-                self._pool = None
+                # torch does not get to telling its allocators, which go on filling the pool, and ask the graph which
+                # allocations are its own: end that, let the graph live, and use another pool from now on.
+                device_idx = self._stream.device.index
+                torch._C._cuda_endAllocateToPool(device_idx, self._pool)
+                torch._C._cuda_releasePool(device_idx, self._pool)
+                self._failed.append(graph)
+                self._pool = self._keeper = None
 
 
 @contextlib.contextmanager
