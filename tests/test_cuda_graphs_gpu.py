@@ -15,6 +15,7 @@ from moe_offload.offload.graphs.cuda_recorder import CudaRecorder
 from moe_offload.offload.graphs.recorder import RecordingError
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.tiers.cuda_queue import CudaQueue
+from moe_offload.quant.slot_kernels.choice import triton_obstacle
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +53,7 @@ def test_neither_graphs_nor_budgets_change_a_bit(pack: Path, prefetch: str | int
             assert forward is not None
             assert not forward.is_off
             assert forward.num_recorded
-            if slots == 1000:
+            if slots == 1000 and triton_obstacle(torch.device("cuda", torch.cuda.current_device())) is None:
                 assert forward.num_whole
             model._residency.cache.check_integrity()
 
