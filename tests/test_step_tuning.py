@@ -96,6 +96,31 @@ def test_does_not_try_where_nothing_is_missed() -> None:
         assert tuner.setting == 0
 
 
+def test_does_not_try_once_nothing_is_missed_any_more() -> None:
+    """A run that begins with an empty cache misses at first: what comes after that is not worth a read."""
+    tuner = tuner_of(1)
+    for step in range(2 * HOLD_STEPS):
+        tuner.record(1.0, 5 if step < 2 else 0)
+        assert tuner.setting == 0
+
+
+def test_tries_when_something_is_missed_again() -> None:
+    tuner = tuner_of(1)
+    for _ in range(2 * HOLD_STEPS):
+        tuner.record(1.0, 0)
+    depths = run_steps(tuner, TRIAL_PERIOD, on_s=0.8, off_s=1.0)
+    assert 1 in depths
+    assert tuner.setting == 1
+
+
+def test_what_misses_nothing_while_it_is_tried_is_not_given_up_for_that() -> None:
+    """Prefetches that come in time leave no misses to be seen: those without them count."""
+    tuner = tuner_of(1)
+    for _ in range(HOLD_STEPS):
+        tuner.record(0.8 if tuner.setting else 1.0, 0 if tuner.setting else 3)
+    assert tuner.setting == 1
+
+
 def test_soon_gives_up_what_is_far_slower() -> None:
     depths = run_steps(tuner_of(1), TRIAL_PERIOD, on_s=1.5, off_s=1.0)
     assert sum(depths) == TRIAL_STEPS

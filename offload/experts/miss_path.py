@@ -15,6 +15,8 @@ from moe_offload.offload.tiers.lender import Lender
 
 COPY, CPU, SPLIT, AUTO = "copy", "cpu", "split", "auto"
 MISS_PATHS = (AUTO, COPY, CPU, SPLIT)
+# What ``auto`` tries, in this order: first what adapts itself, against which the hopeless is soon cut short.
+AUTO_ORDER = (SPLIT, COPY, CPU)
 _RECENT = 5
 # What was not measured for a while counts for less and less, until it is tried again: half in 350 layers.
 _FADE = 0.998
@@ -110,7 +112,6 @@ def make_miss_path(miss_path: str, lender: Lender | None, clock: StepClock, turn
         return None
     if miss_path != AUTO:
         return MissPath(miss_path, lender)
-    # First what adapts itself: whatever is hopeless is cut short by comparison with it.
-    tuner = StepTuner((SPLIT, COPY, CPU), fallback=COPY, turn=turn)
+    tuner = StepTuner(AUTO_ORDER, fallback=COPY, turn=turn)
     clock.tell([tuner])
     return MissPath(AUTO, lender, tuner, clock)

@@ -4,6 +4,7 @@ import itertools
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +23,8 @@ LATE = 2.0
 # What is held is tried again when steps have become so many times longer, or shorter, than when it was chosen.
 DRIFT = 1.25
 DRIFT_STEPS = 32
+# Steps without a miss after which there is nothing to try, and with one each after which there is again.
+CALM_STEPS = 3
 Setting = TypeVar("Setting")
 _Step = tuple[float, int]  # how long it took, and how many experts it did not find in a slot
 
@@ -97,7 +100,8 @@ class StepTuner(Generic[Setting]):
     """Alternates short trials of decode steps with each of several settings, then keeps the fastest for a while.
 
     Whatever is not at least 2 % faster than the setting to fall back on gives way to that. Nothing is tried where no
-    expert is missed. What turns out to be far slower is tried no longer.
+    expert is missed: the fallback is kept until steps miss some again. What turns out to be far slower is tried no
+    longer.
     """
 
     def __init__(self, settings: Sequence[Setting], *, fallback: Setting, turn: Turn | None = None) -> None:
@@ -114,6 +118,8 @@ class StepTuner(Generic[Setting]):
         self._limit_s: float | None = None
         self._is_first = self._is_cut_short = False
         self._since_held: list[float] = []
+        self._recent_missed: deque[int] = deque(maxlen=CALM_STEPS)  # of the last steps with the fallback
+        self._is_calm = False
         self._expected_s: float | None = None
         self._lock = threading.Lock()
         self._begin_trials()
@@ -138,6 +144,8 @@ class StepTuner(Generic[Setting]):
     def record(self, step_s: float, num_missed: int) -> None:
         """A decode step has taken ``step_s`` with the current setting; ``num_missed`` experts were in no slot."""
         with self._lock:
+            if self._current == self._fallback and not self._is_first:
+                self._recent_missed.append(num_missed)
             if self._trials is None:
                 self._hold_on(step_s)
             else:
@@ -163,6 +171,8 @@ class StepTuner(Generic[Setting]):
     def _begin_trials(self) -> None:
         if not self._turn.take(self):
             return
+        self._is_calm = False
+        self._recent_missed.clear()
         self._trials = _Trials(len(self._settings))
         # First what was best so far: against it the others are soon found to be hopeless.
         self._waiting = sorted(self._trials.worth_trying, key=lambda index: index != self._held)
@@ -176,9 +186,10 @@ class StepTuner(Generic[Setting]):
         self._limit_s = trials.limit_s(self._current)
 
     def _end_trial(self, trials: _Trials) -> None:
-        without = trials.steps[self._fallback]
-        if without and not any(num_missed for _, num_missed in without):
+        if len(self._recent_missed) == CALM_STEPS and not any(self._recent_missed):
+            # What other settings were tried for is over: a cache has filled, or a text needs what is there.
             self._hold(self._fallback)
+            self._is_calm = True
             return
         if self._waiting:
             self._begin_trial(trials)
@@ -206,6 +217,10 @@ class StepTuner(Generic[Setting]):
         self._turn.give_back()
 
     def _hold_on(self, step_s: float) -> None:
+        if self._is_calm:
+            if len(self._recent_missed) == CALM_STEPS and all(self._recent_missed):
+                self._begin_trials()
+            return
         self._steps_left -= 1
         if self._turn.is_free:  # else these steps are somebody else's trials
             self._since_held.append(step_s)
