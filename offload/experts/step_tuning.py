@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+# A first look at each of several settings, which only has to find what is far slower: a short run is over soon.
+FIRST_STEPS = 4
 TRIAL_STEPS = 5
 TRIALS = 3
 # What is ahead after the first trials gets so many steps of each further round: finding out costs a fifth of the steps.
@@ -181,7 +183,10 @@ class StepTuner(Generic[Setting]):
 
     def _begin_trial(self, trials: _Trials) -> None:
         self._current = self._waiting.pop(0)
-        self._steps_left = LEADING_STEPS if self._current == self._leading else TRIAL_STEPS
+        if self._leading is None and len(self._settings) > 2:
+            self._steps_left = FIRST_STEPS
+        else:
+            self._steps_left = LEADING_STEPS if self._current == self._leading else TRIAL_STEPS
         self._is_first, self._is_cut_short = True, False
         self._limit_s = trials.limit_s(self._current)
 
