@@ -148,7 +148,7 @@ def test_auto_begins_with_both_ends_and_goes_on_with_what_is_fastest(monkeypatch
     path = make_miss_path("auto", FakeLender(), clock, Turn())  # type: ignore[arg-type]
     assert path is not None
     seen = []
-    for _ in range(60):
+    for _ in range(100):
         model(torch.zeros(1))
         seen.append(path.path)
         now_s[0] += step_s[seen[-1]]
