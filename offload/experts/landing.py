@@ -43,7 +43,6 @@ class LandingRows:
 
     def __init__(self, layout: PartLayout, parts: MlpParts, order: Sequence[range]) -> None:
         """``order``: chunks as `read_order` has them."""
-        self._order = order
         biases = [name for name in (parts.up_bias, parts.down_bias) if name is not None]
         self._whole = [range(piece.begin, piece.end) for name in biases for piece in layout.pieces[name]]
         self._up = [piece for name in parts.up for piece in layout.pieces[name]]
