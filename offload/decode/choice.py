@@ -12,6 +12,7 @@ from moe_offload.offload.decode.latent_attention import fuse_latent_attention
 from moe_offload.offload.decode.linears import fuse_linears
 from moe_offload.offload.decode.mamba import fuse_mambas
 from moe_offload.offload.decode.norms import fuse_norms
+from moe_offload.offload.decode.prompt_attention import fuse_prompt_attention
 from moe_offload.offload.decode.routers import fuse_routers
 from moe_offload.offload.decode.step_threads import StepForward
 from moe_offload.quant import backend_name
@@ -39,4 +40,5 @@ def fuse_decode_step(model: nn.Module, device: torch.device) -> None:
     fuse_latent_attention(model)
     fuse_delta_nets(model)
     fuse_mambas(model)
+    fuse_prompt_attention(model)
     StepForward(model)
