@@ -283,6 +283,14 @@ def test_recorded_steps_are_traced_as_others_are(pack: Path, load: Load, slots: 
     assert (recorded.layer_us[-NEW_TOKENS // 2 :, :, [0, 3]] > 0).all()  # what is dense, and experts
 
 
+def test_steps_that_the_cpu_has_a_part_in_are_traced(pack: Path, load: Load):
+    model = load(pack, slots_bytes=0, host_bytes=1 << 30, prefetch="off", graphs="auto", miss_path="cpu")
+    with model.tracing() as recording:
+        answer(model)
+    assert forward_of(model).num_by_layers > NEW_TOKENS // 2
+    assert (recording.trace.experts[-NEW_TOKENS // 2 :] >= 0).all()
+
+
 def test_two_answers_at_once_have_caches_of_their_own(pack: Path, load: Load):
     model = load(pack, slots_bytes=10 * 4096, host_bytes=30 * 4096, prefetch="off", graphs="auto")
     prompts = [PROMPT[:, : 5 + 3 * turn] for turn in range(2)]
