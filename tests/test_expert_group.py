@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +208,32 @@ def test_the_interface_is_gloos_for_a_while_only(monkeypatch):
     with chosen_interface("127.0.0.1", 80) as name:
         assert os.environ["GLOO_SOCKET_IFNAME"] == name == "eth7"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_a_lost_rank_aborts_what_is_on_its_way_between_gpus():
+    """NCCL's part of the end, without it: the connections of gloo first, then the communicator of the device."""
+    ended: list[str] = []
+
+    class Failing:
+        def abort(self) -> None:
+            ended.append("nccl")
+            raise RuntimeError("aborted already")
+
+    group = object.__new__(ExpertGroup)
+    group.links = {1: SimpleNamespace(abort=lambda: ended.append("gloo"))}
+    group._messages = SimpleNamespace(_get_backend=lambda device: Failing())
+    for use_nccl in (False, True):
+        group._use_nccl = use_nccl
+        group._abort()
+    assert ended == ["gloo", "gloo", "nccl"]
+
+
+def test_messages_go_between_gpus_where_every_rank_has_its_own(monkeypatch):
+    store: dict[str, str] = {"cuda/1": "1"}
+    group = object.__new__(ExpertGroup)
+    group.place = Place(0, 2, 0, 2, "127.0.0.1", 1)
+    group._store = SimpleNamespace(set=store.__setitem__, get=lambda key: store[key].encode())
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for count, device, expected in [(0, "auto", False), (1, "auto", True), (1, "cpu", False)]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert group._all_on_gpus(device) == expected

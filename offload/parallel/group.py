@@ -49,7 +49,7 @@ class ExpertGroup:
         memory = ram_memory()  # now, before anybody has taken any
         self.ram = Memory(memory.total_bytes // place.num_local, memory.free_bytes // place.num_local)
         with chosen_interface(place.host, place.port) as interface:
-            messages = self._come_together(device, interface)
+            self._messages = messages = self._come_together(device, interface)
         link_device = torch.device("cuda", place.local_rank) if self._use_nccl else torch.device("cpu")
         ranks = range(1, place.num_ranks) if place.rank == 0 else [0]
         self.links = {rank: Link(rank, messages, link_device, self.lost) for rank in ranks}
@@ -60,6 +60,11 @@ class ExpertGroup:
         try:
             self._store, _, _ = next(rendezvous("env://", timeout=timeout))
             self._use_nccl = self._all_on_gpus(device)
+            if self._use_nccl:
+                # What a thread does on "the current device", as page-locking does, is done on this rank's.
+                torch.cuda.set_device(place.local_rank)
+                # Who is lost is the watch's to say: NCCL's own would end the process without a word.
+                os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self._use_nccl else "gloo",
                 store=self._store,
@@ -180,7 +185,7 @@ class ExpertGroup:
 
     def _all_on_gpus(self, device: str) -> bool:
         """Whether messages can go from VRAM to VRAM."""
-        mine = device != "cpu" and torch.cuda.is_available() and dist.is_nccl_available()
+        mine = device != "cpu" and torch.cuda.device_count() > self.place.local_rank and dist.is_nccl_available()
         self._store.set(f"cuda/{self.rank}", str(int(mine)))
         return all(self._store.get(f"cuda/{rank}") == b"1" for rank in range(self.place.num_ranks))
 
@@ -209,3 +214,6 @@ class ExpertGroup:
     def _abort(self) -> None:
         for link in self.links.values():
             link.abort()
+        if self._use_nccl:  # a tensor on its way from a rank that is gone would keep the device waiting for good
+            with suppress(RuntimeError):
+                self._messages._get_backend(torch.device("cuda")).abort()
