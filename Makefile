@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests of the CUDA path that a simulated device (docs/simulated-cuda.md) runs in about a minute.
+SIMULATED_TESTS := $(addprefix tests/test_,cuda_gpu.py cuda_graphs_gpu.py cuda_page_lock.py miss_path_gpu.py)
 # What an editable install does not pick up by itself.
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/moe_offload/librar* quant/csrc/* cache/csrc/*)
 
@@ -17,6 +19,7 @@ chat: $(VENV)/.installed ## chat with the demo model, which is built on the firs
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -m gpu --simulated-cuda $(SIMULATED_TESTS)
 
 check: $(VENV)/.installed-dev ## lint, check formatting and types, build the sdist and the wheel from it
 	$(BIN)/ruff check .

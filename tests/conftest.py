@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +22,35 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--simulated-cuda``: run the tests that need a CUDA device on a simulated one."""
+    parser.addoption("--simulated-cuda", action="store_true", help="run tests marked gpu on a simulated CUDA device")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before test modules ask torch what there is."""
+    if config.getoption("--simulated-cuda"):
+        from simulated_cuda.install import install
+
+        install()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip what needs a CUDA device where there is none, and what needs a real one where it is simulated."""
+    is_simulated = "simulated_cuda.bindings" in sys.modules
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("hardware") and is_simulated:
+            item.add_marker(pytest.mark.skip(reason="needs a real CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def working_device() -> Iterator[None]:
+    """A simulated device that a test has made fail works again."""
+    yield
+    if "simulated_cuda.bindings" in sys.modules:
+        sys.modules["simulated_cuda.bindings"].runtime.forget_failure()
 
 
 @pytest.fixture

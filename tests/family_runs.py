@@ -99,7 +99,7 @@ def run_logits(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tenso
         return_dict_in_generate=True,
     )
     rows = [prefill.reshape(-1, prefill.shape[-1]), *output.logits]
-    return output.sequences, torch.cat(rows)
+    return output.sequences, torch.cat([row.to(output.sequences.device) for row in rows])  # of several GPUs, the last
 
 
 def _corrected_nllb_forward(

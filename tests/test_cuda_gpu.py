@@ -363,7 +363,7 @@ def test_the_accounts_of_the_allocator_are_torchs():
         tensors: list[tuple[torch.Tensor, Block]] = []
         for _ in range(200):
             if tensors and draw.random() < 0.4:
-                _, block = tensors.pop(draw.randrange(len(tensors)))
+                block = tensors.pop(draw.randrange(len(tensors)))[1]  # nothing keeps the tensor
                 accounts.free(block)
             else:
                 size_bytes = int(2 ** draw.uniform(9, 25))

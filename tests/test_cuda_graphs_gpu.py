@@ -38,6 +38,7 @@ def load(pack: Path, slots: int, graphs: str, prefetch: str | int = "off") -> Of
     )
 
 
+@pytest.mark.hardware  # whole steps take Triton's kernels, which are interpreted elsewhere
 @pytest.mark.parametrize("prefetch", ["off", 2])
 def test_neither_graphs_nor_budgets_change_a_bit(pack: Path, prefetch: str | int):
     with load(pack, 1000, "off") as plain:
@@ -58,6 +59,7 @@ def test_neither_graphs_nor_budgets_change_a_bit(pack: Path, prefetch: str | int
             model._residency.cache.check_integrity()
 
 
+@pytest.mark.hardware
 def test_steps_are_recorded_again_when_slots_have_moved(pack: Path):
     with load(pack, 1000, "on") as model:
         expected = answer(model)

@@ -1,5 +1,6 @@
 """What page-locking asks of the CUDA runtime, with its calls written down instead of made."""
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -71,10 +72,9 @@ def test_no_driver(log: list[Any]):
 
 @pytest.mark.gpu
 def test_for_real():
-    memory = torch.empty(1 << 20, dtype=torch.uint8)
+    inside = torch.frombuffer(mmap.mmap(-1, 1 << 19), dtype=torch.uint8).fill_(5)
     page_lock = CudaPageLock(torch.device("cuda", torch.cuda.current_device()))
-    address = -(-memory.data_ptr() // 4096) * 4096
-    inside = memory[address - memory.data_ptr() :][: 1 << 19].fill_(5)
+    address = inside.data_ptr()  # where its storage begins too, by which torch asks whether it is page-locked
     assert page_lock.lock(address, 1 << 19) is None
     assert inside.is_pinned()
     assert page_lock.lock(address, 1 << 19) is not None, "what is locked already is refused"

@@ -3,7 +3,8 @@
 The rules of torch 2.13 (``c10/core/AllocatorConfig.h``, ``c10/cuda/CUDACachingAllocator.cpp``) with its default
 settings: sizes are rounded to 512 bytes; those up to 1 MiB lie in segments of 2 MiB, those up to 10 MiB in segments of
 20 MiB, larger ones in segments of their own, a multiple of 2 MiB. A segment is what ``cudaMalloc`` gives. A free block
-is split where more than 1 MiB is left over, among small ones where 512 bytes are; the smallest that fits is taken.
+is split where more than 1 MiB is left over, among small ones where 512 bytes are; the smallest that fits is taken, of
+equal ones that at the lowest address.
 """
 
 import bisect
@@ -44,6 +45,7 @@ class Block:
 
     is_small: bool
     size_bytes: int
+    address: int
     before: "Block | None" = None
     after: "Block | None" = None
     is_free: bool = True
@@ -57,6 +59,7 @@ class CachingAllocator:
         self._limit_bytes = limit_bytes
         self.reserved_bytes = 0
         self.allocated_bytes = 0
+        self._next_address = 0  # each segment above the last one
         self._free: dict[bool, list[Block]] = {True: [], False: []}  # by size
 
     def allocate(self, size_bytes: int) -> Block:
@@ -64,11 +67,11 @@ class CachingAllocator:
         size_bytes = rounded_bytes(size_bytes)
         is_small = size_bytes <= LARGEST_SMALL_BYTES
         free = self._free[is_small]
-        place = bisect.bisect_left(free, size_bytes, key=lambda block: block.size_bytes)
+        place = bisect.bisect_left(free, (size_bytes, 0), key=_order)
         block = free.pop(place) if place < len(free) else self._segment(segment_bytes(size_bytes), is_small)
         left_bytes = block.size_bytes - size_bytes
         if left_bytes >= BLOCK_BYTES if is_small else left_bytes > LARGEST_SMALL_BYTES:
-            rest = Block(is_small, left_bytes, before=block, after=block.after)
+            rest = Block(is_small, left_bytes, block.address + size_bytes, before=block, after=block.after)
             if rest.after is not None:
                 rest.after.before = rest
             block.size_bytes, block.after = size_bytes, rest
@@ -86,7 +89,7 @@ class CachingAllocator:
                 self._free[other.is_small].remove(other)
                 block.size_bytes += other.size_bytes
                 if other is block.before:
-                    block.before = other.before
+                    block.address, block.before = other.address, other.before
                     if other.before is not None:
                         other.before.after = block
                 else:
@@ -101,7 +104,8 @@ class CachingAllocator:
             if self.reserved_bytes + size_bytes > self._limit_bytes:
                 raise MemoryError(f"{size_bytes} bytes beside {self.reserved_bytes} are more than {self._limit_bytes}")
         self.reserved_bytes += size_bytes
-        return Block(is_small, size_bytes)
+        address, self._next_address = self._next_address, self._next_address + size_bytes
+        return Block(is_small, size_bytes, address)
 
     def _release(self) -> None:
         """Give back the segments of which nothing is used, as torch does before it says that memory is out."""
@@ -111,7 +115,11 @@ class CachingAllocator:
             self._free[is_small] = [block for block in free if block not in whole]
 
     def _keep(self, block: Block) -> None:
-        bisect.insort(self._free[block.is_small], block, key=lambda each: each.size_bytes)
+        bisect.insort(self._free[block.is_small], block, key=_order)
+
+
+def _order(block: Block) -> tuple[int, int]:
+    return block.size_bytes, block.address
 
 
 def _round_up(size_bytes: int, multiple: int) -> int:
