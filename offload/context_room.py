@@ -15,6 +15,7 @@ from moe_offload.errors import BudgetError
 from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.graphs.answer_cache import AnswerCache
+from moe_offload.offload.graphs.answer_layers import KeptMemory
 from moe_offload.offload.pass_inputs import pass_tokens
 from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer
 from moe_offload.offload.planning.plan import Plan
@@ -52,7 +53,7 @@ class ContextRoom:
         self._dtype_bytes = next(p.dtype.itemsize for p in model.parameters() if p.is_floating_point())
         self._spare_tokens = SPARE_TOKENS if plan.device == "cpu" else 0
         self._devices = _devices(plan)
-        self._tokens: weakref.WeakKeyDictionary[Cache, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._tokens: weakref.WeakKeyDictionary[Cache | KeptMemory, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._num_slots = list(plan.num_slots)  # what layers are to have
         self._behind: set[int] = set()  # layers that have not got it yet
         self._in_pass: set[int] = set()  # threads
@@ -94,23 +95,16 @@ class ContextRoom:
 
     def _texts(self, batch_size: int, num_new: int, cache: Cache | None) -> list[tuple[int, int]]:
         """Size and tokens of each batch that is in memory; none where it is the one text that was planned."""
-        if isinstance(cache, Cache):
-            self._tokens[cache] = (batch_size, self._tokens_of(cache, num_new))
+        if isinstance(cache, AnswerCache):
+            # Those of all sizes share the memory of the context that was planned, rounded up as kernels want it.
+            self._tokens[cache.memory] = (batch_size, min(cache.memory.max_tokens, self._plan.context_tokens))
+        elif isinstance(cache, Cache):
+            self._tokens[cache] = (batch_size, _tokens_of(cache, num_new))
         texts = list(self._tokens.values())
         if not isinstance(cache, Cache):  # the model makes one in this pass, which then comes back with the next
             texts.append((batch_size, num_new))
         is_planned = len(texts) == 1 and texts[0][0] == 1 and texts[0][1] <= self._plan.context_tokens
         return [] if is_planned else texts
-
-    def _tokens_of(self, cache: Cache, num_new: int) -> int:
-        """Tokens that a cache has memory for, once this pass is over."""
-        if not cache.is_compileable:
-            return int(cache.get_seq_length()) + num_new
-        # One of fixed size takes all of it at once; how much of that is in use, only the device may know.
-        own = getattr(cache, "self_attention_cache", cache)  # a decoder's, beside what it sees of its encoder
-        num_tokens = max(int(getattr(layer, "max_cache_len", 0)) for layer in own.layers)
-        # An answer's own is of the planned context, rounded up as attention kernels want it.
-        return min(num_tokens, self._plan.context_tokens) if isinstance(cache, AnswerCache) else num_tokens
 
     def _make_room(self, texts: Sequence[tuple[int, int]], batch_size: int, num_new: int) -> None:
         for device, needed_bytes in zip(self._devices, self._needed_bytes(texts, batch_size, num_new), strict=True):
@@ -198,6 +192,15 @@ class ContextRoom:
             dtype_bytes=self._dtype_bytes,
             expert_rows=self._plan.expert_rows,
         )
+
+
+def _tokens_of(cache: Cache, num_new: int) -> int:
+    """Tokens that a cache has memory for, once a pass with so many new ones is over."""
+    if not cache.is_compileable:
+        return int(cache.get_seq_length()) + num_new
+    # One of fixed size takes all of it at once; how much of that is in use, only the device may know.
+    own = getattr(cache, "self_attention_cache", cache)  # a decoder's, beside what it sees of its encoder
+    return max(int(getattr(layer, "max_cache_len", 0)) for layer in own.layers)
 
 
 def _devices(plan: Plan) -> list[_Device]:

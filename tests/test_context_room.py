@@ -19,6 +19,8 @@ from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
 from moe_offload.offload import model as model_module
 from moe_offload.offload.context_room import ContextRoom
+from moe_offload.offload.graphs.answer_cache import AnswerCache
+from moe_offload.offload.graphs.answer_layers import KeptMemory
 from moe_offload.offload.pack.packer import pack_model
 from moe_offload.offload.planning.plan import Plan, make_plan
 from moe_offload.offload.tiers import choice as tiers
@@ -209,6 +211,19 @@ def test_a_cache_of_fixed_size_is_counted_whole(pack: Path, load: Load):
     del cache
     step(model, DynamicCache(config=model.model.config))
     assert slots_of(model) == planned
+
+
+def test_answers_of_all_sizes_share_what_was_planned(pack: Path, load: Load):
+    """They stay between answers, in the memory of one context."""
+    model = load(pack, "cpu", slots=15)
+    planned = slots_of(model)
+    memory = KeptMemory(-(-PLANNED_TOKENS // 8) * 8)
+    caches = [AnswerCache(model.model.config, num_tokens, memory) for num_tokens in (16, memory.max_tokens)]
+    for cache in caches:
+        step(model, cache)
+        assert slots_of(model) == planned
+    step(model, DynamicCache(config=model.model.config), num_tokens=PLANNED_TOKENS)
+    assert sum(slots_of(model)) < sum(planned), "a text beside them is one more"
 
 
 def test_a_batch_is_counted_text_by_text(pack: Path, load: Load):

@@ -31,7 +31,7 @@ class AnswerCache(StaticCache):  # type: ignore[misc]
         super().__init__(config=config, max_cache_len=max_tokens)
         kinds = zip(*get_layer_types_and_kwargs(config.get_text_config(decoder=True)), strict=True)
         self.layers = [_layer(kind, kwargs, memory, idx, max_tokens) for idx, (kind, kwargs) in enumerate(kinds)]
-        self._memory = memory
+        self.memory = memory  # that of others too, of other sizes
         self._kept_counts: list[Counts] = []
 
     @staticmethod
@@ -64,13 +64,13 @@ class AnswerCache(StaticCache):  # type: ignore[misc]
     def keep(self) -> None:
         """Before a step of one token that may be undone: lengths and states are copied, in a few launches."""
         state = self._state()
-        torch._foreach_copy_(self._memory.spare(state), state)
+        torch._foreach_copy_(self.memory.spare(state), state)
         self._kept_counts = [layer.counts for layer in self.layers]
 
     def undo(self) -> None:
         """Take back the step since `keep`, on the device and on the host, however much of it has run."""
         state = self._state()
-        torch._foreach_copy_(state, self._memory.spare(state))
+        torch._foreach_copy_(state, self.memory.spare(state))
         self._set_counts(self._kept_counts)
 
     def _state(self) -> list[torch.Tensor]:
