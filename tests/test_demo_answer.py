@@ -14,7 +14,7 @@ from moe_offload.offload.planning.sizes import parse_size
 
 # Beginnings only: another machine rounds the routers' fit differently, and the answers part ways later on.
 RECORDED = {
-    "What is the capital of France?": "The capital of France is Paris",
+    "What is gravity?": "Gravity is a fundamental concept in physics that describes",
     "Who was Albert Einstein?": "Albert Einstein was a brilliant physicist and mathematician who",
     "Write a Python function that returns the factorial of n.": (
         "```python\ndef factorial(n):\n    if n == 0:\n        return 1\n    else:\n        return n * factorial(n - 1)"
