@@ -7,7 +7,7 @@ from moe_offload.errors import BudgetError, ConfigError
 from moe_offload.offload.pack.manifest import DenseFile, LayerLayout, LayerSpec, PackManifest
 from moe_offload.offload.planning.plan import make_plan
 from moe_offload.offload.planning.sizes import parse_size
-from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, slots_bytes
+from moe_offload.offload.planning.slot_shares import SlotNeed, fill_slots, fill_slots_beside, slots_bytes
 from moe_offload.offload.planning.workspace import prefill_chunk_tokens, workspace_bytes
 from moe_offload.quant import get_format
 
@@ -147,6 +147,22 @@ def test_the_chunk_and_the_workspace_are_not_the_budgets_business():
     smallest_bytes = refusal(manifest, 1).needed_bytes
     chunks = {plan(manifest, smallest_bytes + extra).prefill_chunk_tokens for extra in (0, 100 * MIB, 9 * GIB)}
     assert len(chunks) == 1
+
+
+@given(needs_strategy, st.integers(0, 400), st.integers(1, 40))
+def test_slots_fill_what_their_segments_leave(needs, spare_pages, segment_pages):
+    """Slabs in whole segments: they fit with what is lost between them, and never less than the floors."""
+    floors = [need.floor for need in needs]
+
+    def lost_bytes(num_slots):
+        slabs = [need.slot_bytes * slots for need, slots in zip(needs, num_slots, strict=True)]
+        return sum(-slab % (4096 * segment_pages) for slab in slabs)
+
+    budget_bytes = slots_bytes(needs, floors) + lost_bytes(floors) + 4096 * spare_pages
+    num_slots = fill_slots_beside(needs, budget_bytes, lost_bytes)
+    assert slots_bytes(needs, num_slots) + lost_bytes(num_slots) <= budget_bytes
+    assert all(slots >= need.floor for slots, need in zip(num_slots, needs, strict=True))
+    assert fill_slots_beside(needs, budget_bytes, lambda _: 0) == fill_slots(needs, budget_bytes)
 
 
 def test_a_long_context_in_written_out_attention_shortens_the_chunk():
