@@ -44,8 +44,8 @@ def test_greedy_answers_are_the_recorded_ones(demo: OffloadedModel, question: st
 
 @pytest.mark.slow
 def test_an_answer_ends_by_itself(demo: OffloadedModel):
-    answer = demo.chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=64)
-    assert "Paris" in answer
+    answer = demo.chat([{"role": "user", "content": "How many days are in a week?"}], max_new_tokens=64)
+    assert "7 days" in answer
     assert demo.last_run is not None
     assert demo.last_run.new_tokens < 20
     assert "<|im_end|>" not in answer
