@@ -167,8 +167,7 @@ class ContextRoom:
         rounded = [(batch_size, -(-num_tokens // self._at_once_tokens)) for batch_size, num_tokens in texts]
         caches = [self._cache_bytes(batch_size, pieces) for batch_size, pieces in rounded]
         longest = max(pieces for _, pieces in rounded) * self._at_once_tokens
-        # What a pass makes has the texts of a batch one beside the other.
-        workspace = batch_size * self._workspace(min(num_new, longest), longest)
+        workspace = self._workspace(batch_size, min(num_new, longest), longest)
         return [
             sum(cache[layer_idx] for cache in caches for layer_idx in device.cache_layers)
             + max(workspace, device.workspace_bytes)
@@ -184,9 +183,10 @@ class ContextRoom:
             chunk_tokens=self._plan.prefill_chunk_tokens,
         )
 
-    def _workspace(self, chunk_tokens: int, context_tokens: int) -> int:
+    def _workspace(self, batch_size: int, chunk_tokens: int, context_tokens: int) -> int:
         return workspace_bytes(
             self._config,
+            batch_size=batch_size,
             chunk_tokens=chunk_tokens,
             context_tokens=context_tokens,
             dtype_bytes=self._dtype_bytes,

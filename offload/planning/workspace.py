@@ -47,11 +47,18 @@ def prefill_chunk_tokens(config: PreTrainedConfig, *, context_tokens: int, dtype
 
 
 def workspace_bytes(
-    config: PreTrainedConfig, *, chunk_tokens: int, context_tokens: int, dtype_bytes: int, expert_rows: int
+    config: PreTrainedConfig,
+    *,
+    chunk_tokens: int,
+    context_tokens: int,
+    dtype_bytes: int,
+    expert_rows: int,
+    batch_size: int = 1,
 ) -> int:
     """Upper estimate of the temporary bytes of a pass over ``chunk_tokens`` that ends at ``context_tokens``.
 
-    ``expert_rows`` is the sum of the output widths of the widest expert's projections.
+    ``expert_rows`` is the sum of the output widths of the widest expert's projections; ``batch_size``: so many texts
+    of these lengths, one beside the other.
     """
     decoder = config.get_text_config(decoder=True)
     tokens = min(chunk_tokens, context_tokens)
@@ -77,7 +84,10 @@ def workspace_bytes(
     mask_bytes = tokens * context_tokens * 24  # as measured: its making, and the kernel's own copy
     logits_bytes = int(decoder.vocab_size) * 40  # the last token's, in fp32, and the copies and sorts of sampling
     mlp_bytes = _mlp_bytes(decoder, tokens, hidden_size, dtype_bytes, expert_rows)
-    return stream_bytes + mask_bytes + max(attention_bytes + growth_bytes, mlp_bytes, logits_bytes)
+    text_bytes = max(attention_bytes + growth_bytes, logits_bytes)
+    return batch_size * (stream_bytes + mask_bytes) + max(
+        batch_size * text_bytes, _DEQUANT_TILE_BYTES + batch_size * mlp_bytes
+    )
 
 
 def _mlp_bytes(decoder: Any, tokens: int, hidden_size: int, dtype_bytes: int, expert_rows: int) -> int:
@@ -91,7 +101,7 @@ def _mlp_bytes(decoder: Any, tokens: int, hidden_size: int, dtype_bytes: int, ex
         getattr(decoder, name, None) or 0
         for name in ("intermediate_size", "intermediate_size_mlp", "shared_intermediate_size", "ffn_hidden_size")
     )
-    return _DEQUANT_TILE_BYTES + routed_bytes + max(expert_bytes, pairs_bytes, 4 * tokens * dense_width * dtype_bytes)
+    return routed_bytes + max(expert_bytes, pairs_bytes, 4 * tokens * dense_width * dtype_bytes)
 
 
 def experts_per_token(decoder: Any) -> int:
