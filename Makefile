@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests of the CUDA path that a simulated device (docs/simulated-cuda.md) runs in about a minute.
-SIMULATED_TESTS := $(addprefix tests/test_,cuda_gpu.py cuda_graphs_gpu.py cuda_page_lock.py miss_path_gpu.py)
+SIMULATED_TESTS := $(addprefix tests/test_,cuda_gpu.py cuda_graphs_gpu.py cuda_models_gpu.py cuda_page_lock.py miss_path_gpu.py)
 # What an editable install does not pick up by itself.
 INPUTS := pyproject.toml constraints.txt setup.py $(wildcard src/moe_offload/librar* quant/csrc/* cache/csrc/*)
 

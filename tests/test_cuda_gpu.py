@@ -379,7 +379,7 @@ def test_the_accounts_of_the_allocator_are_torchs():
 def test_slots_given_up_are_the_allocators_again(pack: Path):
     with load(pack, slots=60) as model:
         residency = model._residency
-        inputs = {k: v.to("cuda") for k, v in example_inputs(model.model.config).items()}
+        inputs = {k: v.to("cuda") for k, v in example_inputs(model.model.config, 1).items()}  # a batch takes slots
         expected = run_logits(model.model, inputs)
         before_bytes = torch.cuda.memory_allocated()
         for layer_idx in range(residency.cache.num_layers):

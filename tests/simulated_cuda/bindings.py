@@ -209,7 +209,9 @@ def functions() -> dict[str, Any]:
         "_cuda_memoryStats": memory_stats,
         "_cuda_resetPeakMemoryStats": lambda device: runtime.reset_peaks(device),
         "_cuda_resetAccumulatedMemoryStats": lambda device: None,
+        # A graph whose capture has failed lets go of its pool when it is gone.
         "_cuda_endAllocateToPool": lambda device, pool: None,
+        "_cuda_releasePool": lambda device, pool: None,
         "_host_emptyCache": lambda: None,
         "_cuda_emptyCache": lambda: runtime.empty_cache(),
         "_cuda_setMemoryFraction": lambda fraction, device: runtime.limit(device, fraction),

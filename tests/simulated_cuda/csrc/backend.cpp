@@ -47,13 +47,14 @@ struct PinnedMemory {
   std::map<const char*, size_t> ranges;
   size_t locked_bytes = 0, limit_bytes = SIZE_MAX;
 
-  bool add(const void* address, size_t bytes) {
+  // The limit is of memory that others have made: `ulimit -l` does not bound what the driver gives out itself.
+  bool add(const void* address, size_t bytes, bool limited) {
     std::lock_guard<std::mutex> guard(mutex);
     auto begin = static_cast<const char*>(address);
     auto after = ranges.lower_bound(begin);
     if (after != ranges.end() && after->first < begin + bytes) return false;
     if (after != ranges.begin() && std::prev(after)->first + std::prev(after)->second > begin) return false;
-    if (locked_bytes + bytes > limit_bytes) return false;
+    if (limited && locked_bytes + bytes > limit_bytes) return false;
     ranges[begin] = bytes;
     locked_bytes += bytes;
     return true;
@@ -89,7 +90,7 @@ struct PinnedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     as_torch([] { forbid_in_capture("operation not permitted when stream is capturing"); });
     void* address = bytes ? c10::alloc_cpu(bytes) : nullptr;
-    if (address && !pinned().add(address, bytes)) {
+    if (address && !pinned().add(address, bytes, false)) {
       c10::free_cpu(address);
       raise_accelerator_error("CUDA error: out of memory (page-locked)");
     }
@@ -251,7 +252,7 @@ void raise_accelerator_error(const std::string& message) {
   throw c10::AcceleratorError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, 1, message);
 }
 
-bool pin(const void* address, size_t bytes) { return pinned().add(address, bytes); }
+bool pin(const void* address, size_t bytes) { return pinned().add(address, bytes, true); }
 bool unpin(const void* address) { return pinned().remove(address); }
 bool is_pinned(const void* address) { return pinned().contains(address); }
 void limit_pinned_bytes(size_t bytes) { pinned().limit_bytes = bytes; }

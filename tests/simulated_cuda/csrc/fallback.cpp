@@ -369,8 +369,14 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) { Call(op, stack).dis
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
+// Of CUDA alone.
+Tensor mm_in(const Tensor& self, const Tensor& other, at::ScalarType dtype) {
+  return at::mm(self.to(dtype), other.to(dtype));
+}
+
 // Composite on CPU and CUDA alike, but its CUDA branches end in kernels that the CPU does not have.
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  m.impl("mm.dtype", TORCH_FN(mm_in));
   m.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
