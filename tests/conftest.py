@@ -31,8 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before test modules ask torch what there is."""
     if config.getoption("--simulated-cuda"):
         from simulated_cuda.install import install
+        from simulated_cuda.library import CannotBuildError
 
-        install()
+        try:
+            install()
+        except CannotBuildError as error:
+            pytest.exit(f"no simulated CUDA device: {error}", returncode=0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -66,6 +66,9 @@ def _arguments(source: Path, made: Path) -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CannotBuildError(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
         raise CannotBuildError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
