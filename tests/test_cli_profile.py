@@ -14,7 +14,7 @@ from moe_offload.cache import write_trace
 from moe_offload.cli.main import cli
 from moe_offload.offload.profiling.analyse import analyse
 from moe_offload.offload.profiling.prompts import Prompt
-from moe_offload.offload.profiling.report import ProfileReport
+from moe_offload.offload.profiling.report import VERSION, ProfileReport
 from moe_offload.offload.profiling.run_facts import Rates
 
 
@@ -149,4 +149,4 @@ def test_a_report_of_another_version_is_refused(here):
     (here / "a.json").write_text(json.dumps(values | {"version": 1}))
     result = invoke("--compare", "a.json", "a.json")
     assert result.exit_code == 1
-    assert "a.json: a profile report of version 1; this moe-offload reads version 2" in result.stderr
+    assert f"a.json: a profile report of version 1; this moe-offload reads version {VERSION}:" in result.stderr
