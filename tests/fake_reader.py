@@ -59,6 +59,7 @@ class FakeReader:
         self.log: list[tuple[int, int, bool]] = []
         self.from_memory: list[tuple[int, int, bool]] = []
         self.bytes_read = 0
+        self.chunk_bytes = 1 << 22
         self.closed = False
 
     def submit(
