@@ -153,7 +153,12 @@ def test_everything_else_goes_to_the_function_that_was_there(pack, calls):
             return bool(calls)
 
         assert runs(attention, query)
-        assert runs(attention, query, torch.ones(1, 1, 8, 8, dtype=torch.bool).tril())
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        assert runs(attention, query, mask)
+        calls.clear()
+        with pytest.raises(RuntimeError):
+            attend(attention, query, others[:, :, :6], others[:, :, :6], mask, scaling=0.2)
+        assert not calls, "a mask that was seen fits its own keys alone"
         stranger = torch.nn.Module()
         stranger.num_key_value_groups = 2
         assert not runs(stranger, query), "another's module"

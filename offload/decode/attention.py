@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from moe_offload.offload.decode.attention_forward import IMPLEMENTATIONS, AttentionForward, SeenMasks, kind_of
+from moe_offload.offload.decode.attention_forward import IMPLEMENTATIONS, AttentionForward, PlainMasks, kind_of
 from moe_offload.offload.decode.attention_probe import agrees
 from moe_offload.offload.decode.fused_forward import is_plain
 from moe_offload.offload.decode.kv_room import growing_layer, room_of
@@ -36,7 +36,7 @@ _NORMS = ("q_norm", "k_norm")
 class FusedAttention(AttentionForward):
     """The forward of an attention module."""
 
-    def __init__(self, module: Any, call: AttentionCall, dtype: torch.dtype, masks: SeenMasks) -> None:
+    def __init__(self, module: Any, call: AttentionCall, dtype: torch.dtype, masks: PlainMasks) -> None:
         super().__init__(module, (*_PROJECTIONS, *_NORMS), module.q_proj.in_features, dtype)
         self._call, self._masks = call, masks
 
@@ -72,7 +72,7 @@ class FusedAttention(AttentionForward):
 def fuse_attention(model: Any) -> None:
     """Give attention modules a `FusedAttention` where the kernel was seen to compute the same."""
     rotary = next((m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
-    masks = SeenMasks()
+    masks = PlainMasks()
     known: dict[Any, bool | None] = {}
     for module in model.modules():
         weights = _weights(module)

@@ -1,7 +1,8 @@
 """What the fast forwards of a token's mixing layers share: when one may run, and what tells modules apart."""
 
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -11,25 +12,34 @@ from moe_offload.offload.decode.fused_forward import FusedForward, Memory, is_pl
 # Attention functions of transformers that compute what the kernels do.
 IMPLEMENTATIONS = ("sdpa", "eager")
 
+T = TypeVar("T")
 
-class SeenMasks:
-    """The masks that the layers of a step are given, of one kind or two, and whether each hides nothing."""
+
+class SeenMasks(Generic[T]):
+    """What was found out about the masks that the layers of a pass are given, of one kind or two: once of each."""
+
+    def __init__(self, look: Callable[[torch.Tensor], T]) -> None:
+        self._look = look
+        self._seen: tuple[tuple[weakref.ref[torch.Tensor], T], ...] = ()
+
+    def __getitem__(self, mask: torch.Tensor) -> T:
+        for seen, answer in self._seen:
+            if seen() is mask:
+                return answer
+        answer = self._look(mask)
+        self._seen = (*self._seen[-1:], (weakref.ref(mask), answer))
+        return answer
+
+
+class PlainMasks:
+    """Which masks of decode steps hide nothing."""
 
     def __init__(self) -> None:
-        self._seen: tuple[tuple[torch.Tensor, bool], ...] = ()
+        self._seen = SeenMasks(lambda mask: bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all()))
 
     def hides_nothing(self, mask: Any) -> bool:
         """Whether a token may attend to all that is in the cache."""
-        if mask is None:
-            return True
-        for seen, answer in self._seen:
-            if seen is mask:
-                return answer
-        if not isinstance(mask, torch.Tensor):
-            return False
-        answer = bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
-        self._seen = (*self._seen[-1:], (mask, answer))
-        return answer
+        return mask is None or (isinstance(mask, torch.Tensor) and self._seen[mask])
 
 
 class ModuleStep(FusedForward):

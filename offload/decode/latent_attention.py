@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from moe_offload.offload.decode.attention_forward import IMPLEMENTATIONS, AttentionForward, SeenMasks, kind_of
+from moe_offload.offload.decode.attention_forward import IMPLEMENTATIONS, AttentionForward, PlainMasks, kind_of
 from moe_offload.offload.decode.attention_probe import CACHED_TOKENS
 from moe_offload.offload.decode.fused_forward import is_plain
 from moe_offload.offload.decode.kv_room import growing_layer, room_of
@@ -35,7 +35,7 @@ _NAMES = (*_QUERY, *_QUERY_DOWN, *_OTHERS)
 class FusedLatentAttention(AttentionForward):
     """The forward of a module of multi-head latent attention."""
 
-    def __init__(self, module: Any, call: LatentAttentionCall, masks: SeenMasks) -> None:
+    def __init__(self, module: Any, call: LatentAttentionCall, masks: PlainMasks) -> None:
         super().__init__(module, _NAMES, module.hidden_size, compute_dtype(module.o_proj))
         self._call, self._masks, self._rotary = call, masks, call.weights.rotary
 
@@ -72,7 +72,7 @@ class FusedLatentAttention(AttentionForward):
 def fuse_latent_attention(model: Any) -> None:
     """Give modules of multi-head latent attention a `FusedLatentAttention` where the kernel was seen to agree."""
     rotary = next((m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
-    masks = SeenMasks()
+    masks = PlainMasks()
     known: dict[Any, Rotary | None] = {}
     for module in model.modules():
         weights = _weights(module)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moe_offload.offload.decode.attention_forward import SeenMasks
 from moe_offload.offload.decode.fused_forward import MAX_ROWS
 from moe_offload.quant.prompt_attention import attend_prompt, attends_prompts
 
@@ -39,7 +40,7 @@ class _PromptAttention:
 
     def __init__(self, other: AttentionFunction) -> None:
         self._other = other
-        self._seen: tuple[tuple[weakref.ref[torch.Tensor], Spans | None], ...] = ()
+        self._seen = SeenMasks(_spans_of)
 
     def __call__(
         self,
@@ -84,12 +85,7 @@ class _PromptAttention:
             end = torch.arange(1, num_queries + 1, dtype=torch.int32)
             fits = num_queries <= num_keys
             return (torch.zeros_like(end), end if causal else torch.full_like(end, num_keys)) if fits else None
-        for seen, spans in self._seen:
-            if seen() is mask:
-                return spans
-        spans = _spans_of(mask) if mask.shape == (1, 1, num_queries, num_keys) else None
-        self._seen = (*self._seen[-1:], (weakref.ref(mask), spans))  # of layers with a window, and of those without
-        return spans
+        return self._seen[mask] if mask.shape == (1, 1, num_queries, num_keys) else None
 
 
 def _spans_of(mask: torch.Tensor) -> Spans | None:
