@@ -68,9 +68,14 @@ def check_health(model: OffloadedModel) -> None:
     for thread in residency._tier._reader._threads:
         assert thread.is_alive()
     residency.cache.check_integrity()
-    wait_for(lambda: not residency._loads)
+    wait_for_loads(model)
     num_staging_slots = residency._tier.num_staging_slots
     wait_for(lambda: residency._free_staging.qsize() + len(residency.guesses) == num_staging_slots)
+
+
+def wait_for_loads(model: OffloadedModel) -> None:
+    """Until what steps did not wait for is there too."""
+    wait_for(lambda: not model._residency._loads)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:

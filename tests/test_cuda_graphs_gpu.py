@@ -92,6 +92,16 @@ def test_pieces_share_a_pool_and_are_replayed_on_any_stream():
         assert torch.equal(result, x * 2 + 1)
 
 
+def replayed_sum(recorder: CudaRecorder, x: torch.Tensor) -> float:
+    """The sum of ``x + 1``, recorded and replayed: what a recorder does that is in order."""
+    with recorder.session():
+        recorder.begin()
+        y = x + 1
+        replay = recorder.end()
+    replay()
+    return float(y.sum().item())
+
+
 def test_a_wait_in_a_recording_leaves_the_device_as_it_was():
     device = torch.device("cuda", torch.cuda.current_device())
     recorder = CudaRecorder(device)
@@ -106,12 +116,7 @@ def test_a_wait_in_a_recording_leaves_the_device_as_it_was():
         wait()
     assert (x * 2).sum().item() == 32
     torch.multinomial(x, 1)  # draws from the generator, which captures have a hand in
-    with recorder.session():
-        recorder.begin()
-        y = x + 1
-        replay = recorder.end()
-    replay()
-    assert y.sum().item() == 32
+    assert replayed_sum(recorder, x) == 32
 
 
 def test_an_interrupt_ends_a_recording_at_any_place():
@@ -131,12 +136,7 @@ def test_an_interrupt_ends_a_recording_at_any_place():
             interrupt(begun)
         assert not torch.cuda.is_current_stream_capturing()
     assert x.sum().item() == 16
-    with recorder.session():
-        recorder.begin()
-        y = x + 1
-        replay = recorder.end()
-    replay()
-    assert y.sum().item() == 32
+    assert replayed_sum(recorder, x) == 32
 
 
 def test_other_threads_use_the_device_while_a_step_is_recorded():

@@ -1,15 +1,13 @@
 """Copies to a device in the trace of a whole model, on a fake one."""
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_cuda_model import Load, loading_on_fake_devices, tier_of
-from loaded_models import make_pack
+from loaded_models import make_pack, wait_for_loads
 
-from moe_offload import OffloadedModel
 from moe_offload.cache import CopyKind, read_trace
 from moe_offload.offload.profiling.analyse import analyse
 from moe_offload.offload.tiers import link_meter
@@ -29,24 +27,14 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
         yield load
 
 
-def wait_for_prefetches(model: OffloadedModel) -> None:
-    """Until all copies are enqueued."""
-    pause = threading.Event()
-    for _ in range(3000):
-        if not model._residency._loads:
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"still loading: {model._residency._loads}")
-
-
 def test_every_copy_is_in_the_trace_and_the_report(pack: Path, load: Load, tmp_path: Path):
     model = load(pack, slots_bytes=2 * SLOT_BYTES, host_bytes=12 * SLOT_BYTES, prefetch=1, warm_start=False)
     model.generate("w1 w2 w3", max_new_tokens=3)
-    wait_for_prefetches(model)
+    wait_for_loads(model)
     before = model.stats
     with model.tracing(tmp_path / "run.npz") as recording:
         model.generate("w1 w2 w3", max_new_tokens=12)
-        wait_for_prefetches(model)
+        wait_for_loads(model)
     after, answer = model.stats, model.last_run
     trace = read_trace(tmp_path / "run.npz")
     assert recording.trace.copy_bytes.tolist() == trace.copy_bytes.tolist()

@@ -13,6 +13,7 @@ from fake_cuda_model import Load, loading_on_fake_devices, tier_of
 from families import make_config
 from family_runs import CONTEXT_TOKENS, example_inputs, run_logits, save_random_model
 from faulty_disk import FaultyDisk
+from loaded_models import wait_for_loads
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import ConfigError, ExpertReadError
@@ -80,18 +81,8 @@ def test_logits_are_those_of_copying(
     elif miss_path != "auto":  # whose trials may not meet a miss
         assert by_cpu > 0
     assert model.stats.bytes_read > 0
-    wait_for_the_device(model)
+    wait_for_loads(model)
     check(model)
-
-
-def wait_for_the_device(model: OffloadedModel) -> None:
-    """Until what was brought behind is there."""
-    pause = threading.Event()
-    for _ in range(500):
-        if not model._residency._loads:
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"still loading: {model._residency._loads}")
 
 
 def budgets(num_slots: int, num_host_slots: int) -> dict[str, int]:
@@ -107,7 +98,7 @@ def test_what_is_asked_for_again_and_again_gets_a_slot(mixtral: Path, load: Load
     """The CPU computes a miss at once; what is hotter than a resident one is brought for the next time."""
     model = load(mixtral, **budgets(0, 100), miss_path="cpu", prefetch="off")
     decode(model, 30)
-    wait_for_the_device(model)
+    wait_for_loads(model)
     stats, tier = model.stats, tier_of(model)
     assert 0 < stats.computed_on_cpu == stats.misses
     assert stats.hits > 0
@@ -121,7 +112,7 @@ def test_many_rows_are_copied(mixtral: Path, load: Load, batch_size: int, is_few
     model = load(mixtral, **budgets(0, 100), miss_path="cpu", prefetch="off")
     decode(model, 5, batch_size)
     assert (model.stats.computed_on_cpu > 0) == is_few
-    wait_for_the_device(model)
+    wait_for_loads(model)
     check(model)
 
 
@@ -140,7 +131,7 @@ def test_two_threads_at_once(mixtral: Path, load: Load) -> None:
         thread.join(120)
     for turn in range(2):
         assert torch.equal(together[turn], alone[turn])
-    wait_for_the_device(model)
+    wait_for_loads(model)
     check(model)
 
 
@@ -156,11 +147,11 @@ def test_a_disk_that_fails_leaves_everything_in_order(
         disk.fail_reads(layer.experts[0].file)
     with pytest.raises(ExpertReadError):
         decode(model, 40, 4)
-    wait_for_the_device(model)
+    wait_for_loads(model)
     check(model)
     disk.heal()
     assert torch.equal(decode(model, 12), expected)
-    wait_for_the_device(model)
+    wait_for_loads(model)
     check(model)
 
 
@@ -181,7 +172,7 @@ def test_ctrl_c_while_the_cpu_computes(mixtral: Path, load: Load, monkeypatch: p
             decode(model, 12)
     assert next(calls) > 5
     assert torch.equal(decode(model, 12), expected)
-    wait_for_the_device(model)
+    wait_for_loads(model)
     check(model)
 
 
