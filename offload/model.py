@@ -23,6 +23,7 @@ from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_pr
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.first_use import find_pack, pack_config
+from moe_offload.offload.freed_memory import give_freed_memory_back, keep_freed_memory_in_prompts
 from moe_offload.offload.generation import Generator
 from moe_offload.offload.graphs.choice import check_graphs, decode_graphs
 from moe_offload.offload.learning.predictor_file import load_predictor
@@ -33,7 +34,6 @@ from moe_offload.offload.pack.outline import PackOutline
 from moe_offload.offload.pack.shared_out import check_share, shape_of_share
 from moe_offload.offload.planning.caching_allocator import small_bytes
 from moe_offload.offload.planning.memory import (
-    give_freed_memory_back,
     ram_budget_bytes,
     ram_memory,
     vram_budget_bytes,
@@ -130,6 +130,8 @@ class OffloadedModel:
             clock=clock,
         )
         ContextRoom(self.model, plan, loaded.residency, moved=self._graphs.forget)
+        if plan.device == "cpu":
+            keep_freed_memory_in_prompts(self.model)
         self._meter = Meter(loaded.residency, lookahead)
         self._loaded_at = self._meter.read()
         self._hot_set = hot_set

@@ -20,11 +20,12 @@ from moe_offload.offload.bench.traffic import prompt_operations, routed_expert_b
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.first_use import pack_config
+from moe_offload.offload.freed_memory import give_freed_memory_back
 from moe_offload.offload.model import OffloadedModel
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.pack.share import Share
 from moe_offload.offload.pack.shared_out import shape_of_share
-from moe_offload.offload.planning.memory import give_freed_memory_back, peak_rss_bytes, reset_peak_rss, rss_bytes
+from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from moe_offload.offload.planning.plan import make_plan
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.offload.reports import RunReport

@@ -28,6 +28,7 @@ from moe_offload.offload.checkpoint.sources import CheckpointSource, open_source
 from moe_offload.offload.checkpoint.transformers_loading import capture_skeleton
 from moe_offload.offload.dense_linears import dense_linear_format
 from moe_offload.offload.experts.containers import find_expert_containers
+from moe_offload.offload.freed_memory import give_freed_memory_back
 from moe_offload.offload.home import packs_dir
 from moe_offload.offload.pack.manifest import LayerLayout, PartSpec, is_pack, read_manifest
 from moe_offload.offload.pack.mixed import MIXED, canonical, mixed_bits, weight_formats
@@ -35,7 +36,6 @@ from moe_offload.offload.pack.outline import PackOutline, outline_pack
 from moe_offload.offload.pack.room import check_room
 from moe_offload.offload.pack.share import Share
 from moe_offload.offload.pack.writer import PackWriter
-from moe_offload.offload.planning.memory import give_freed_memory_back
 from moe_offload.offload.progress import NULL_PROGRESS, ProgressSink
 from moe_offload.quant import format_names, get_format
 

@@ -20,6 +20,7 @@ from moe_offload.offload.experts.prefetch_tuning import parse_prefetch
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.experts.warm_start import HotSetFile
 from moe_offload.offload.first_use import find_pack, pack_config
+from moe_offload.offload.freed_memory import give_freed_memory_back
 from moe_offload.offload.learning.predictor_file import load_predictor
 from moe_offload.offload.loader import check_containers
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
@@ -28,7 +29,6 @@ from moe_offload.offload.pack.shared_out import check_share, shape_of_share
 from moe_offload.offload.parallel.group import ExpertGroup
 from moe_offload.offload.parallel.serving import ExpertServer
 from moe_offload.offload.planning.memory import (
-    give_freed_memory_back,
     ram_budget_bytes,
     vram_budget_bytes,
     vram_memory,

@@ -1,6 +1,5 @@
 """How much memory there is, how much of it is free, and how much this process holds."""
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ _MIB = 1024**2
 # and what the allocator loses to fragmentation.
 _RAM_MARGIN_BYTES, _RAM_MARGIN_SHARE = 1 * _GIB, 0.10
 _VRAM_MARGIN_BYTES, _VRAM_MARGIN_SHARE = 512 * _MIB, 0.06
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_KEPT_BLOCK_BYTES = 512 * 1024  # smaller ones are reused, as decoding wants
 
 
 @dataclass(frozen=True)
@@ -91,19 +88,6 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
-
-
-def give_freed_memory_back() -> bool:
-    """Have glibc return every large block to the system when freed; False under another C library.
-
-    By itself it learns from the first large block freed to keep those up to 32 MiB, and the temporaries of a long
-    prompt then hold up to twice their bytes. Call it before the first large allocation.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES))
 
 
 def _budget_bytes(size: str | int, memory: Memory, margin_bytes: int, margin_share: float) -> int:
