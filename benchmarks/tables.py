@@ -2,6 +2,8 @@
 
 Prints Markdown; --markdown puts each table between its markers in the document. Packs are written where --packs says,
 used again if they are there, and else removed after their set. The set of the whole Mixtral-8x7B takes 25 GB of disk.
+With --disk-rate every run, the measuring of the disk's rate in it too, reads the pack's disk no faster than that; those
+tables have markers of their own.
 """
 
 import argparse
@@ -13,6 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from control_group import SUSTAINED_S, NoLimitError, control_group
+from disk_rate import add_disk_rate, read_limit
 
 from moe_offload.offload.bench import BenchReport, RunFigures, Setting, Shape, Workload, cross, run, synthetic_pack
 
@@ -126,6 +131,14 @@ def pack_of(case: Case, packs: Path, keep: bool) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
+def measure(case: Case, pack: Path, workload: Workload, repeat: int, disk_rate: int | None) -> BenchReport:
+    """All runs of a case, with the pack's disk held to a rate where there is one."""
+    if disk_rate is None:
+        return run(pack, case.settings, workload, repeat=repeat, on_run=note)
+    with control_group([read_limit(pack, disk_rate)]) as group:
+        return run(pack, case.settings, workload, repeat=repeat, on_run=note, enter=group.enter, disk_s=SUSTAINED_S)
+
+
 def note(setting: Setting, figures: RunFigures) -> None:
     """A run as it ends, on the error output."""
     print(f"  {setting}: {figures.tokens_per_s:.2f} tok/s, {figures.hit_ratio:.0%} hits", file=sys.stderr, flush=True)
@@ -193,12 +206,20 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="runs of every line; the best and the median are shown")
     parser.add_argument("--tokens", type=int, help="decode so many tokens instead of each set's own number")
     parser.add_argument("--markdown", action="store_true", help=f"put the tables into {DOCUMENT.name}")
+    add_disk_rate(parser)
     options = parser.parse_args()
     makers = SETS | ({"traces": lambda: trace_cases(options.traces)} if options.traces else {})
     names = options.sets or list(makers)
     if unknown := [name for name in names if name not in makers]:
         parser.error(f"no set {', '.join(unknown)}; there are {', '.join(SETS)}, and traces with --traces FOLDER")
     with tempfile.TemporaryDirectory() as scratch:
+        packs = options.packs or Path(scratch)
+        packs.mkdir(parents=True, exist_ok=True)
+        if options.disk_rate is not None:
+            try:
+                read_limit(packs, options.disk_rate)  # told before packs are written
+            except NoLimitError as error:
+                parser.error(f"--disk-rate: {error}")
         for name in names:
             reports = []
             for case in makers[name]():
@@ -206,12 +227,15 @@ def main() -> None:
                 workload = case.workload
                 if options.tokens is not None:
                     workload = dataclasses.replace(workload, new_tokens=options.tokens)
-                with pack_of(case, options.packs or Path(scratch), keep=options.packs is not None) as pack:
-                    reports.append((case.title, run(pack, case.settings, workload, repeat=options.repeat, on_run=note)))
+                with pack_of(case, packs, keep=options.packs is not None) as pack:
+                    reports.append((case.title, measure(case, pack, workload, options.repeat, options.disk_rate)))
             table = markdown(reports)
+            if options.disk_rate is not None:
+                table = f"`tables.py {name} --disk-rate {options.disk_rate / 1e9:g}GB/s`:\n\n{table}"
             print(f"\n{table}\n", flush=True)
             if options.markdown:
-                DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), name, table))
+                markers = name if options.disk_rate is None else f"{name}-slow-disk"
+                DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), markers, table))
 
 
 if __name__ == "__main__":

@@ -81,17 +81,14 @@ class RateType(click.ParamType):  # type: ignore[type-arg]
     name = "rate"
 
     def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        from moe_offload.offload.planning.sizes import parse_size
+        from moe_offload.offload.planning.sizes import parse_rate
 
         if not isinstance(value, str):
             return value
-        size = value.strip().removesuffix("/s")
-        if size.endswith("%") or size.lower() == "auto":
-            self.fail(f"{value!r} is not a rate; write it as 3.5GB/s", param, ctx)
         try:
-            return float(parse_size(size, total_bytes=1, free_bytes=1))
-        except ConfigError:
-            self.fail(f"{value!r} is not a rate; write it as 3.5GB/s or 800MB/s", param, ctx)
+            return float(parse_rate(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 class SlotsType(click.ParamType):  # type: ignore[type-arg]

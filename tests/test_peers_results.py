@@ -5,8 +5,10 @@ import sys
 import pytest
 from peer_runs import engines
 from peer_runs.cases import Entry, make_cases
+from peer_runs.document import between_markers, document, marker_name
 from peer_runs.engines import EngineError, Run, measure, missing_reason, settings
-from peer_runs.results import CaseResult, EntryResult, between_markers, decode_table, prefill_table
+from peer_runs.results import CaseResult, EntryResult, decode_table, prefill_table
+from peer_runs.saved import DifferentMachinesError, load, save
 
 from moe_offload.offload.bench.report import MachineRates
 
@@ -33,14 +35,16 @@ def test_table_has_medians_and_ratios_within_a_round(case):
         case,
         [
             result(theirs, case, [0.5, 1.0, 4.0], read_bytes=1 << 30, peak_bytes=4 << 30),
-            result(ours, case, [0.25, 0.25, 2.0], missed_bytes=1 << 29, read_bytes=1 << 30),
+            result(ours, case, [0.25, 0.25, 2.0], missed_bytes=1 << 29, read_bytes=1 << 30, share=0.5, hit_ratio=0.75),
         ],
         MachineRates(1 << 50, 1 << 30, True),
     )
     first, second = (cells(line) for line in decode_table([both]).splitlines()[2:])
-    assert first[1:] == ["llama.cpp, mmap", "Q4_0", "4.00", "1.00 (0.25-2.00)", "1.00", "1024", "4096", "1.00", "100%"]
+    speed = "1.00 (0.25-2.00)"
+    assert first[1:] == ["llama.cpp, mmap", "Q4_0", "4.00", "-", "-", speed, "1.00", "1024", "4096", "1.00", "100%"]
     # The ratios are 2, 4 and 2; the bound is that of what was missed.
-    assert second[1:] == ["moe-offload", "nf4", "4.00", "4.00 (0.50-4.00)", "2.00", "1024", "-", "2.00", "200%"]
+    speed = "4.00 (0.50-4.00)"
+    assert second[1:] == ["moe-offload", "nf4", "4.00", "50%", "75%", speed, "2.00", "1024", "-", "2.00", "200%"]
 
 
 def test_memory_bounds_what_misses_nothing(case):
@@ -56,8 +60,8 @@ def test_a_failed_engine_leaves_the_others(case):
     failed.failure = "was killed"
     table = decode_table([CaseResult(case, [failed, result(ours, case, [1.0, 1.0])], None)])
     first, second = (cells(line) for line in table.splitlines()[2:])
-    assert first[4] == "failed: was killed"
-    assert (second[4], second[5]) == ("1.00 (1.00-1.00)", "-")
+    assert first[6] == "failed: was killed"
+    assert (second[6], second[7]) == ("1.00 (1.00-1.00)", "-")
 
 
 def test_prefill_is_shown_where_it_was_measured(case):
@@ -76,9 +80,38 @@ def test_prefill_is_shown_where_it_was_measured(case):
 
 def test_tables_replace_what_is_between_the_markers():
     text = "before\n<!-- peers:begin -->\nold\n<!-- peers:end -->\nafter\n"
-    assert between_markers(text, "new") == "before\n<!-- peers:begin -->\nnew\n<!-- peers:end -->\nafter\n"
+    assert between_markers(text, "new", "peers") == "before\n<!-- peers:begin -->\nnew\n<!-- peers:end -->\nafter\n"
     with pytest.raises(ValueError, match="no pair of markers"):
-        between_markers("nothing", "new")
+        between_markers("nothing", "new", "peers")
+
+
+def measured(case, step_s, disk_limit=None):
+    ours = result(case.entries[1], case, [step_s], version="moe-offload 1", missed_bytes=0)
+    return CaseResult(case, [ours], MachineRates(4e10, 8.1e8, True), disk_limit)
+
+
+def test_cases_that_were_measured_apart_stand_in_one_table(case, tmp_path):
+    other = next(case for case in make_cases("nf4", "int8", None) if case.name == "resident")
+    save(tmp_path / "first.json", [measured(case, 0.5), measured(other, 0.25)])
+    save(tmp_path / "second.json", [measured(case, 0.125)])
+    results = load([tmp_path / "first.json", tmp_path / "second.json"])
+    assert results == [measured(case, 0.125), measured(other, 0.25)]
+    assert marker_name(results) == "peers"
+    text = document(results)
+    assert "\n- Mixtral-8x7B, 8 layers, limit 4 GiB: 1 round of 4 tokens, disk read 0.81 GB/s, memory read 40.0" in text
+    assert decode_table(results) in text
+
+
+def test_a_limited_disk_has_markers_of_its_own(case, tmp_path):
+    slow = measured(case, 0.5, disk_limit=800_000_000)
+    save(tmp_path / "slow.json", [slow])
+    assert load([tmp_path / "slow.json"]) == [slow]
+    assert marker_name([slow]) == "peers-slow-disk"
+    assert "disk read 0.81 GB/s under a limit of 0.8, memory" in document([slow])
+    other = next(case for case in make_cases("nf4", "int8", None) if case.name == "2GiB")
+    save(tmp_path / "fast.json", [measured(other, 0.5)])
+    with pytest.raises(DifferentMachinesError, match=r"different rates: 0\.8 GB/s, no limit"):
+        load([tmp_path / "slow.json", tmp_path / "fast.json"])
 
 
 def test_three_bits_are_compared_with_three_bits():

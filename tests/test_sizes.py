@@ -1,7 +1,7 @@
 import pytest
 
 from moe_offload.errors import ConfigError
-from moe_offload.offload.planning.sizes import format_size, parse_size
+from moe_offload.offload.planning.sizes import format_size, parse_rate, parse_size
 
 GIB = 1024**3
 MIB = 1024**2
@@ -46,6 +46,17 @@ def test_auto_leaves_the_margin_and_never_goes_below_zero():
 def test_refuses_anything_else_and_shows_how_to_write_it(size):
     with pytest.raises(ConfigError, match=r'"6GiB"|use KiB'):
         parse_size(size, total_bytes=10_000, free_bytes=7_000)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3.5GB/s", 3_500_000_000), ("800 MB", 800_000_000), ("1GiB/s", GIB)])
+def test_rates_are_sizes_a_second(text, expected):
+    assert parse_rate(text) == expected
+
+
+@pytest.mark.parametrize("text", ["80%", "auto", "fast", "0", "1GB/min"])
+def test_refuses_what_is_no_rate(text):
+    with pytest.raises(ConfigError, match="is not a rate; write it as"):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize(

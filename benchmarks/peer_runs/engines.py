@@ -75,17 +75,29 @@ def measure(
     entry: Entry, python: str, values: dict[str, Any], timeout_s: float, enter: Callable[[], None] | None = None
 ) -> dict[str, Any]:
     """The figures that the engine's child prints; ``enter`` is called in it first. `EngineError` where it fails."""
-    command = [python, str(HERE / _SCRIPTS[entry.engine]), json.dumps(values)]
+    return child_figures(entry.label, python, _SCRIPTS[entry.engine], values, timeout_s, enter)
+
+
+def child_figures(
+    label: str,
+    python: str,
+    script: str,
+    values: dict[str, Any],
+    timeout_s: float,
+    enter: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """The last object of JSON that a script of this folder prints; ``label`` is what an `EngineError` calls it."""
+    command = [python, str(HERE / script), json.dumps(values)]
     try:
         done = subprocess.run(
             command, capture_output=True, timeout=timeout_s, preexec_fn=enter, text=True, errors="replace", check=False
         )
     except subprocess.TimeoutExpired as error:
-        raise EngineError(f"{entry.label} took more than {timeout_s:.0f} s") from error
+        raise EngineError(f"{label} took more than {timeout_s:.0f} s") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         how = "was killed, most likely for memory" if done.returncode == -9 else f"ended with {done.returncode}"
-        raise EngineError(f"{entry.label} {how}\n{(done.stdout + done.stderr)[-_FAILURE_CHARACTERS:]}")
+        raise EngineError(f"{label} {how}\n{(done.stdout + done.stderr)[-_FAILURE_CHARACTERS:]}")
     figures: dict[str, Any] = json.loads(lines[-1])
     return figures
 

@@ -46,11 +46,12 @@ class EntryResult:
 
 @dataclass
 class CaseResult:
-    """A case with all its entries and the rates measured around it."""
+    """A case with all its entries and the rates measured around it; ``disk_limit``: the bytes a second allowed it."""
 
     case: Case
     entries: list[EntryResult]
     rates: "MachineRates | None" = None
+    disk_limit: int | None = None
 
     def bound(self, result: EntryResult) -> float | None:
         """Tokens a second that the machine allows: 1 / max(bytes missed / disk, bytes read from memory / memory).
@@ -105,8 +106,9 @@ def _speed(values: Sequence[float | None]) -> str:
 
 def decode_table(results: Sequence[CaseResult]) -> str:
     """Decoding, all cases."""
-    head = ["case", "engine", "weights", "bits", "tok/s", "x first", "read a token, MiB", "peak, MiB", "bound, tok/s"]
-    lines = [_line([*head, "of bound"]), _line(["---"] * (len(head) + 1))]
+    head = ["case", "engine", "weights", "bits", "slots", "hits", "tok/s", "x first", "read a token, MiB", "peak, MiB"]
+    head += ["bound, tok/s", "of bound"]
+    lines = [_line(head), _line(["---"] * len(head))]
     for result in results:
         first = result.entries[0].tokens_per_s()
         for one in result.entries:
@@ -119,6 +121,8 @@ def decode_table(results: Sequence[CaseResult]) -> str:
                         one.entry.label,
                         one.entry.weights,
                         f"{one.bits:.2f}",
+                        _text(one.median("share"), ".0%"),
+                        _text(one.median("hit_ratio"), ".0%"),
                         f"failed: {one.failure}" if one.failure else _speed(speeds),
                         _text(_ratio(speeds, first), ".2f"),
                         _text(None if read_bytes is None else read_bytes / MIB, ".0f"),
@@ -153,11 +157,3 @@ def prefill_table(results: Sequence[CaseResult]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def between_markers(text: str, table: str, name: str = "peers") -> str:
-    """``text`` with ``table`` between its two markers; ValueError where it has none."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"the document has no pair of markers {begin} and {end}")
-    return f"{text[: text.index(begin)]}{begin}\n{table}\n{text[text.index(end) :]}"

@@ -209,7 +209,7 @@ def _random_ids(model: OffloadedModel, count: int, seed: int) -> list[int]:
 
 
 def _rates(job: Job, manifest: PackManifest, config: Any) -> MachineRates:
-    disk, direct = expert_read_rate(manifest, Path(job.pack), seed=job.repeat)
+    disk, direct = expert_read_rate(manifest, Path(job.pack), seed=job.repeat, longest_s=job.disk_s)
     memory = kernel_read_rate(routed_expert_bytes(manifest, config) + manifest.dense_bytes)
     matrix = None
     if job.workload.kind == "prefill":

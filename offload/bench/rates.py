@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moe_offload.offload.bench.settings import DISK_S
 from moe_offload.offload.pack.manifest import PackManifest
 from moe_offload.offload.planning.rates import Rate, memory_read_rate
 from moe_offload.offload.streaming.disk import DirectDisk
@@ -19,7 +20,6 @@ _MIB = 1024**2
 _SMALLEST_BUFFER_BYTES, _LARGEST_BUFFER_BYTES = 128 * _MIB, 512 * _MIB
 _IN_FLIGHT, _IN_FLIGHT_BYTES = 8, 256 * _MIB
 _PASSES = 5
-_DISK_S = 1.0
 _MATRIX_S = 0.5
 
 
@@ -39,7 +39,7 @@ def kernel_read_rate(num_bytes: int) -> Rate:
 
 
 def expert_read_rate(
-    manifest: PackManifest, folder: Path, *, seed: int, longest_s: float = _DISK_S
+    manifest: PackManifest, folder: Path, *, seed: int, longest_s: float = DISK_S
 ) -> tuple[Rate, bool]:
     """How fast experts of the pack are read in random order by the runtime's own reader; and whether past the cache."""
     slot_bytes = max(layer.slot_bytes for layer in manifest.layers)

@@ -10,6 +10,7 @@ from moe_offload.errors import ConfigError
 
 Kind = Literal["decode", "prefill"]
 MODEL_ROUTING = "model"
+DISK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one setting on one pack; what a process of its own is told."""
+    """One run of one setting on one pack; what a process of its own is told.
+
+    ``trace``: the file to record to. ``disk_s``: how long the disk's rate is measured, before the run and after it.
+    """
 
     pack: str
     setting: Setting
     workload: Workload
     repeat: int = 0
-    trace: str | None = None  # the file to record to
+    trace: str | None = None
+    disk_s: float = DISK_S
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -80,7 +85,7 @@ class Job:
     def from_dict(cls, values: dict[str, Any]) -> "Job":
         """The inverse of `to_dict`."""
         setting, workload = Setting(**values["setting"]), Workload(**values["workload"])
-        return cls(values["pack"], setting, workload, values["repeat"], values["trace"])
+        return cls(values["pack"], setting, workload, values["repeat"], values["trace"], values["disk_s"])
 
 
 def cross(

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them: "6GiB", "512 MB", "80%", "auto"."""
+"""Amounts of memory as people write them: "6GiB", "512 MB", "80%", "auto"; and rates: "3.5GB/s"."""
 
 import re
 
@@ -11,6 +11,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*|%)", re.IGNORECASE)
 _EXAMPLES = 'write it as "6GiB", "512MiB", "80%" or "auto"'
+_RATE_EXAMPLES = "write it as 3.5GB/s or 800MB/s"
 
 
 def parse_size(size: str | int, *, total_bytes: int, free_bytes: int, margin_bytes: int = 0) -> int:
@@ -29,6 +30,17 @@ def parse_size(size: str | int, *, total_bytes: int, free_bytes: int, margin_byt
     if size_bytes <= 0:
         raise ConfigError(f"{size!r} is not a size above zero; {_EXAMPLES}")
     return size_bytes
+
+
+def parse_rate(rate: str) -> int:
+    """Bytes a second meant by "3.5GB/s", or "3.5GB" for short; ConfigError for what is no rate above zero."""
+    text = rate.strip().removesuffix("/s")
+    if text.endswith("%") or text.lower() == "auto":
+        raise ConfigError(f"{rate!r} is not a rate; {_RATE_EXAMPLES}")
+    try:
+        return parse_size(text, total_bytes=1, free_bytes=1)
+    except ConfigError:
+        raise ConfigError(f"{rate!r} is not a rate; {_RATE_EXAMPLES}") from None
 
 
 def format_size(size_bytes: int) -> str:
