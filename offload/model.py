@@ -130,6 +130,7 @@ class OffloadedModel:
             clock=clock,
         )
         ContextRoom(self.model, plan, loaded.residency, moved=self._graphs.forget)
+        lookahead.begin_prompts_early(self.model, lambda: loaded.step.prefill)  # when layers have the slots they keep
         if plan.device == "cpu":
             keep_freed_memory_in_prompts(self.model)
         self._meter = Meter(loaded.residency, lookahead)

@@ -107,6 +107,27 @@ def test_prompts_and_large_batches_are_not_predicted(model: OffloadedModel) -> N
     assert model._meter.read().lookahead == LookaheadCounts()
 
 
+@pytest.mark.parametrize(("num_tokens", "prefetch", "is_early"), [(30, 1, True), (30, 0, False), (3, 1, False)])
+def test_a_prompt_begins_with_the_first_layer_before_its_router(
+    pack: Path, num_tokens: int, prefetch: int, is_early: bool
+) -> None:
+    with loaded(pack, [4] * NUM_LAYERS, prefetch=prefetch) as model, torch.inference_mode():
+        begun: list[tuple[int, int]] = []
+        begin = model._residency._tier.begin
+
+        def noted(layer_idx: int, expert_idx: int, *args: Any, **kwargs: Any) -> Any:
+            begun.append((layer_idx, expert_idx))
+            return begin(layer_idx, expert_idx, *args, **kwargs)
+
+        model._residency._tier.begin = noted  # type: ignore[method-assign]
+        before_router: list[tuple[int, int]] = []
+        model.model.model.layers[0].mlp.gate.register_forward_pre_hook(lambda *_: before_router.extend(begun))
+        model.model(**example_inputs(model.model.config, 1, num_tokens))
+        assert bool(before_router) == is_early
+        assert {layer_idx for layer_idx, _ in before_router} <= {0}
+        check_health(model)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_depth_is_how_many_layers_are_asked(pack: Path, depth: int) -> None:
     with loaded(pack, [8] * NUM_LAYERS, prefetch=depth) as model:

@@ -54,3 +54,37 @@ def test_a_prefetch_that_is_wanted_while_it_is_begun_is_promoted() -> None:
     assert computed == [3]
     residency.cache.check_integrity()
     residency.close()
+
+
+class AtOnce:
+    """A tier whose transfers are done when they have begun, one staging slot."""
+
+    num_staging_slots = 1
+
+    def begin(self, layer_idx: int, expert_idx: int, slot: int, *, speculative: bool, done: Done) -> "AtOnce":
+        done(None)
+        return self
+
+    def exchanges(self, layer_idx: int) -> bool:
+        return True
+
+    def use(self, layer_idx: int, slot: int) -> None: ...
+    def used(self, layer_idx: int, slot: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_what_others_wait_for_the_staging_slot_of_is_computed_before_hits() -> None:
+    """Else the disk has nothing to do while a prompt's hits are computed."""
+    residency = Residency(ExpertCache([5], [2]), AtOnce())  # type: ignore[arg-type]
+    computed: list[int] = []
+
+    def compute(expert_idx: int, weights: object) -> None:
+        computed.append(expert_idx)
+
+    for _ in range(3):
+        residency.run(0, [0, 1], compute)
+    computed.clear()
+    residency.run(0, [0, 1, 2, 3, 4], compute, weights=[1.0] * 5, prefill=True)
+    assert computed == [2, 3, 0, 1, 4]
+    residency.cache.check_integrity()
+    residency.close()

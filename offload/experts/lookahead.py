@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.pass_inputs import pass_tokens
 
 _ROUTER_NAMES = ("gate", "router")
 # A step of more rows than this is a prompt or a large batch: it touches most experts, so there is nothing to predict.
@@ -252,6 +253,21 @@ class Lookahead:
         self._pass.foresaw_misses |= bool(missing)
         if missing or was_predicted:
             self._residency.prefetch(target_idx, chosen)
+
+    def begin_prompts_early(self, model: nn.Module, is_prompt: Callable[[], bool]) -> None:
+        """Let the disk begin with the first layer when a prompt's pass does, not only when its router has chosen."""
+        first = self._sites.get(0)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = pass_tokens(args, kwargs)
+            if first is None or tokens is None or not self.reads_prompts_ahead or not is_prompt():
+                return
+            # What so many tokens use of experts that are drawn evenly.
+            share = 1 - (1 - first.top_k / first.num_experts) ** tokens.shape[:2].numel()
+            if share >= PROMPT_SHARE:
+                self._residency.prefetch(0, range(first.num_experts))
+
+        model.register_forward_pre_hook(before, with_kwargs=True)
 
     def in_prompt(self, layer_idx: int, expert_ids: Sequence[int]) -> None:
         """Let the disk go on with the next layer when it is done with this one, while this one is computed."""

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -362,17 +363,21 @@ class Residency:
             come = arrivals.get_all()
             num_pending -= len(come)
             ready += come
-        for batch in [ready] if together and ready else [[one] for one in ready]:
+        hits = deque([ready] if together and ready else [[one] for one in ready])
+        while hits or num_pending or bypassed:
+            batch = arrivals.get_all() if bypassed and not together else []  # others wait for their staging slots
+            num_pending -= len(batch)
+            if not batch and hits:
+                batch = hits.popleft()
+            elif not batch:
+                if not num_pending:
+                    num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
+                batch = [self._next(layer_idx, arrivals, shield)]
+                if together or on_host:
+                    batch += arrivals.get_all()
+                num_pending -= len(batch)
             self._compute(layer_idx, batch, compute, arrivals, host)
             shield.check()
-        while num_pending or bypassed:
-            if not num_pending:
-                num_pending = self._begin_staged(layer_idx, bypassed, arrivals, wait=shield)
-            batch = [self._next(layer_idx, arrivals, shield)]
-            if together or on_host:
-                batch += arrivals.get_all()
-            num_pending -= len(batch)
-            self._compute(layer_idx, batch, compute, arrivals, host)
             num_pending += self._begin_staged(layer_idx, bypassed, arrivals)
             if not bypassed:  # what this layer streams goes before what the next one will
                 self.guesses.go_on()
