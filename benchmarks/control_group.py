@@ -5,6 +5,7 @@ Version 1 has a hierarchy for each controller, version 2 one for all.
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,15 +66,20 @@ Limit = MemoryLimit | ReadLimit
 class ControlGroup:
     """One group: a folder for every kind of limit, all the same one in version 2.
 
-    Processes enter it by `enter`, before they do anything else.
+    Processes enter it by the `launcher`, before they do anything else.
     """
 
     folders: dict[type[Limit], Path]
 
-    def enter(self) -> None:
-        """Move the calling process into the group."""
-        for folder in set(self.folders.values()):
-            (folder / "cgroup.procs").write_text(str(os.getpid()))
+    @property
+    def launcher(self) -> list[str]:
+        """What a command is given to for running it in the group, in the same process."""
+        if not self.folders:
+            return []
+        # A shell, since code of ours between fork and exec is not safe where this process has threads.
+        files = [str(folder / "cgroup.procs") for folder in sorted(set(self.folders.values()))]
+        script = " && ".join([*(f"echo $$ > {shlex.quote(file)}" for file in files), 'exec "$@"'])
+        return ["/bin/sh", "-c", script, "sh"]
 
     @property
     def peak_bytes(self) -> int | None:
@@ -123,7 +129,7 @@ def check_limits(
 
 @contextlib.contextmanager
 def control_group(limits: Sequence[Limit], root: Path = Path("/")) -> Iterator[ControlGroup]:
-    """A group that exists for the duration; without any limits it is nowhere, and entering it does nothing."""
+    """A group that exists for the duration; without any limits it is nowhere, and its launcher is empty."""
     folders: dict[type[Limit], Path] = {}
     with contextlib.ExitStack() as stack:
         for limit in limits:

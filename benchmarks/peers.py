@@ -59,7 +59,9 @@ def measure_rates(case: Case, pack: Path, run: Run, conditions: Conditions) -> M
         "matrix_shape": [case.shape.expert_size, case.shape.hidden_size],
     }
     with conditions.rates_group() as group:
-        figures = child_figures("measuring rates", sys.executable, "rates_child.py", values, run.timeout_s, group.enter)
+        figures = child_figures(
+            "measuring rates", sys.executable, "rates_child.py", values, run.timeout_s, group.launcher
+        )
     return MachineRates(**figures)
 
 
@@ -72,7 +74,7 @@ def run_once(
     with busy_processes(case.busy_processes):
         limit_bytes = None if result.entry.unlimited else case.limit_bytes
         with conditions.engine_group(limit_bytes) as group:
-            figures = measure(result.entry, python, values, run.timeout_s, group.enter)
+            figures = measure(result.entry, python, values, run.timeout_s, group.launcher)
             return figures | {"peak_bytes": group.peak_bytes, "num_reclaims": group.num_reclaims}
 
 

@@ -136,7 +136,9 @@ def measure(case: Case, pack: Path, workload: Workload, repeat: int, disk_rate: 
     if disk_rate is None:
         return run(pack, case.settings, workload, repeat=repeat, on_run=note)
     with control_group([read_limit(pack, disk_rate)]) as group:
-        return run(pack, case.settings, workload, repeat=repeat, on_run=note, enter=group.enter, disk_s=SUSTAINED_S)
+        return run(
+            pack, case.settings, workload, repeat=repeat, on_run=note, launcher=group.launcher, disk_s=SUSTAINED_S
+        )
 
 
 def note(setting: Setting, figures: RunFigures) -> None:
@@ -212,6 +214,10 @@ def main() -> None:
     names = options.sets or list(makers)
     if unknown := [name for name in names if name not in makers]:
         parser.error(f"no set {', '.join(unknown)}; there are {', '.join(SETS)}, and traces with --traces FOLDER")
+    markers = {name: name if options.disk_rate is None else f"{name}-slow-disk" for name in names}
+    if options.markdown:
+        for name in names:  # told before hours of runs
+            between_markers(DOCUMENT.read_text(), markers[name], "")
     with tempfile.TemporaryDirectory() as scratch:
         packs = options.packs or Path(scratch)
         packs.mkdir(parents=True, exist_ok=True)
@@ -234,8 +240,7 @@ def main() -> None:
                 table = f"`tables.py {name} --disk-rate {options.disk_rate / 1e9:g}GB/s`:\n\n{table}"
             print(f"\n{table}\n", flush=True)
             if options.markdown:
-                markers = name if options.disk_rate is None else f"{name}-slow-disk"
-                DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), markers, table))
+                DOCUMENT.write_text(between_markers(DOCUMENT.read_text(), markers[name], table))
 
 
 if __name__ == "__main__":

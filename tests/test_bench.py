@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from moe_offload.offload.bench.report import MachineRates, RunFigures, bound
 from moe_offload.offload.bench.settings import Job, Setting, Workload, cross
 from moe_offload.offload.model import OffloadedModel
 from moe_offload.offload.pack.manifest import read_manifest
+from moe_offload.offload.planning.rates import Rate
 from moe_offload.offload.planning.workspace import experts_per_token
 from moe_offload.quant import get_format
 
@@ -270,7 +272,7 @@ def test_the_command_measures_in_processes_of_their_own(pack):
 
 
 def test_the_command_shows_a_table(config_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "_run_isolated", compare._run_here)
+    monkeypatch.setattr(compare, "_run_isolated", lambda job, launcher: compare._run_here(job))
     arguments = ["bench", str(config_file), "--keep", str(tmp_path / "pack"), "--layers", "2", "--format", "int4"]
     arguments += ["--resident", "50%", "--prompt-tokens", "4", "--new-tokens", "2", "--warmup-tokens", "0"]
     result = CliRunner().invoke(cli, arguments, terminal_width=200)
@@ -307,6 +309,26 @@ def test_a_child_that_is_refused_tells_why(pack, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(job.to_dict())))
     measure.main()
     assert json.loads(capsys.readouterr().out)["error"].startswith("needs ")
+
+
+def test_a_run_is_launched_as_it_is_told(pack, tmp_path):
+    entered = tmp_path / "cgroup.procs"
+    launcher = ["/bin/sh", "-c", f'echo $$ > {entered} && exec "$@"', "sh"]
+    report = run(pack, cross(ram=["400MiB"]), SHORT, launcher=launcher, disk_s=0.0)
+    assert int(entered.read_text()) != os.getpid()
+    assert report.rates.disk_bytes_per_s > 0
+
+
+def test_the_disk_is_read_as_long_as_the_job_says(pack, monkeypatch):
+    seconds = []
+
+    def read(manifest, folder, *, seed, longest_s):
+        seconds.append(longest_s)
+        return Rate(1, 1.0), True
+
+    monkeypatch.setattr(measure, "expert_read_rate", read)
+    run(pack, cross(ram=["400MiB"]), SHORT, isolated=False, disk_s=5.0)
+    assert seconds == [5.0, 5.0]
 
 
 def test_replayed_tokens_are_the_ones_given(pack):

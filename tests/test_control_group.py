@@ -46,8 +46,9 @@ def test_first_version(tmp_path, ordinary_folders):
         (memory / "memory.max_usage_in_bytes").write_text("123\n")
         (memory / "memory.failcnt").write_text("7\n")
         assert (group.peak_bytes, group.num_reclaims) == (123, 7)
-        group.enter()
-        assert (memory / "cgroup.procs").read_text() == (disk / "cgroup.procs").read_text() != ""
+        done = subprocess.run([*group.launcher, "sh", "-c", "echo $$; exit 3"], capture_output=True, check=False)
+        assert done.returncode == 3
+        assert (memory / "cgroup.procs").read_bytes() == (disk / "cgroup.procs").read_bytes() == done.stdout
     assert not memory.exists()
     assert not disk.exists()
 
@@ -101,7 +102,7 @@ def test_a_disk_alone_counts_no_memory(tmp_path, ordinary_folders, make):
 def test_without_limits_there_is_no_group(tmp_path):
     with control_group([], tmp_path) as group:
         assert group == ControlGroup({})
-        group.enter()
+        assert group.launcher == []
         assert group.peak_bytes is None
 
 
@@ -196,8 +197,8 @@ def test_a_real_group_stops_what_is_too_large():
     except NoLimitError as reason:
         pytest.skip(str(reason))
     with control_group([MemoryLimit(64 << 20)]) as group:
-        command = [sys.executable, "-c", "x = bytearray(256 << 20)"]
-        done = subprocess.run(command, preexec_fn=group.enter, capture_output=True, check=False)
+        command = [*group.launcher, sys.executable, "-c", "x = bytearray(256 << 20)"]
+        done = subprocess.run(command, capture_output=True, check=False)
         assert done.returncode == -9
         assert group.num_reclaims > 0
     assert not any(folder.exists() for folder in group.folders.values())
@@ -217,8 +218,8 @@ def test_a_real_group_holds_a_disk_to_a_rate(tmp_path):
         (text,) = [file.read_text() for file in files if file.exists()]
         assert text.split()[:2] in ([limit.disk, "800000000"], [limit.disk, "rbps=800000000"])
         script = "import sys; print(open('/proc/self/cgroup').read(), len(open(sys.argv[1], 'rb').read()))"
-        command = [sys.executable, "-c", script, str(weights)]
-        done = subprocess.run(command, preexec_fn=group.enter, capture_output=True, text=True, check=True)
+        command = [*group.launcher, sys.executable, "-c", script, str(weights)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert f"/{folder.name}\n" in done.stdout
         assert done.stdout.split()[-1] == str(4 << 20)
     assert not folder.exists()

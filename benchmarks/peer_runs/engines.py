@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,10 @@ def settings(entry: Entry, case: Case, weights: Path, run: Run) -> dict[str, Any
 
 
 def measure(
-    entry: Entry, python: str, values: dict[str, Any], timeout_s: float, enter: Callable[[], None] | None = None
+    entry: Entry, python: str, values: dict[str, Any], timeout_s: float, launcher: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The figures that the engine's child prints; ``enter`` is called in it first. `EngineError` where it fails."""
-    return child_figures(entry.label, python, _SCRIPTS[entry.engine], values, timeout_s, enter)
+    """The figures that the engine's child prints; ``launcher`` runs its command. `EngineError` where it fails."""
+    return child_figures(entry.label, python, _SCRIPTS[entry.engine], values, timeout_s, launcher)
 
 
 def child_figures(
@@ -84,14 +84,12 @@ def child_figures(
     script: str,
     values: dict[str, Any],
     timeout_s: float,
-    enter: Callable[[], None] | None = None,
+    launcher: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The last object of JSON that a script of this folder prints; ``label`` is what an `EngineError` calls it."""
-    command = [python, str(HERE / script), json.dumps(values)]
+    command = [*launcher, python, str(HERE / script), json.dumps(values)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=timeout_s, preexec_fn=enter, text=True, errors="replace", check=False
-        )
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, text=True, errors="replace", check=False)
     except subprocess.TimeoutExpired as error:
         raise EngineError(f"{label} took more than {timeout_s:.0f} s") from error
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

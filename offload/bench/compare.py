@@ -31,7 +31,7 @@ def run(
     on_run: OnRun | None = None,
     trace: Path | None = None,
     group: "ExpertGroup | None" = None,
-    enter: Callable[[], None] | None = None,
+    launcher: Sequence[str] = (),
     disk_s: float = DISK_S,
 ) -> BenchReport:
     """Measure every setting ``repeat`` times, all of them once before any of them again.
@@ -39,9 +39,9 @@ def run(
     ``isolated``: each run in a fresh process, so that none profits from another's memory; else in this one. ``on_run``
     is told each run's figures as they come. ``trace``: record each run to this file, or to files beside it that begin
     with its name if there are several runs. ``group``: the others of it call `serve_runs` meanwhile; all runs are in
-    this process then. ``enter``: called in the process of every isolated run before it begins, as one that moves it
-    into a control group. ``disk_s``: how long the disk's rate is measured, twice in every run. Raises what loading a
-    model raises; a child's errors as `MoeOffloadError` with its message.
+    this process then. ``launcher``: put before the command of every isolated run, as one that enters a control group.
+    ``disk_s``: how long the disk's rate is measured, twice in every run. Raises what loading a model raises; a child's
+    errors as `MoeOffloadError` with its message.
     """
     if not settings:
         raise ConfigError("there is nothing to measure: give a budget")
@@ -54,7 +54,7 @@ def run(
             if trace is not None and len(settings) * repeat > 1:
                 recorded = trace.with_name(f"{trace.stem}-{line + 1}-{index + 1}{trace.suffix}")
             job = Job(str(pack), setting, workload, index, None if recorded is None else str(recorded), disk_s)
-            figures.append(_run_isolated(job, enter) if isolated and group is None else _run_here(job, group))
+            figures.append(_run_isolated(job, launcher) if isolated and group is None else _run_here(job, group))
             if on_run is not None:
                 on_run(setting, figures[-1])
     rows = tuple(Row(setting, tuple(figures)) for setting, figures in zip(settings, runs, strict=True))
@@ -78,10 +78,9 @@ def _run_here(job: Job, group: "ExpertGroup | None" = None) -> RunFigures:
     return measure(job, group)
 
 
-def _run_isolated(job: Job, enter: Callable[[], None] | None = None) -> RunFigures:
-    command = [sys.executable, "-m", "moe_offload.offload.bench.measure"]
-    message = json.dumps(job.to_dict())
-    done = subprocess.run(command, input=message, capture_output=True, text=True, preexec_fn=enter, check=False)
+def _run_isolated(job: Job, launcher: Sequence[str] = ()) -> RunFigures:
+    command = [*launcher, sys.executable, "-m", "moe_offload.offload.bench.measure"]
+    done = subprocess.run(command, input=json.dumps(job.to_dict()), capture_output=True, text=True, check=False)
     if done.returncode:
         why = "it was killed, probably for want of memory" if done.returncode == -9 else done.stderr.strip()[-2000:]
         raise MoeOffloadError(f"a run ended with status {done.returncode}: {why}")
