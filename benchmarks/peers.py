@@ -53,6 +53,7 @@ def measure_rates(case: Case, pack: Path, run: Run, conditions: Conditions) -> M
     token_share = case.shape.active_weights / case.shape.num_weights
     values = {
         "pack": str(pack),
+        "threads": run.threads,
         "disk_s": conditions.disk_s,
         "token_bytes": int(token_share * weight_bytes(pack)),
         "prefill_tokens": case.prefill_tokens,

@@ -55,14 +55,14 @@ def test_without_a_disk_rate_only_memory_is_limited(groups):
 def test_rates_are_measured_in_a_process_of_the_group(groups, monkeypatch, tmp_path):
     def child(label, python, script, values, timeout_s, launcher):
         assert groups == [[SLOW]]
-        assert (script, values["disk_s"], values["prefill_tokens"]) == ("rates_child.py", SUSTAINED_S, 512)
+        assert (script, values["disk_s"], values["threads"]) == ("rates_child.py", SUSTAINED_S, 2)
         assert launcher == ["launch"]
         return {"memory_bytes_per_s": 4e10, "disk_bytes_per_s": 8e8, "direct": True, "matrix_ops_per_s": None}
 
     monkeypatch.setattr(peers, "child_figures", child)
     (tmp_path / "experts").write_bytes(bytes(1000))
     case = next(case for case in make_cases("nf4", "int8", None) if case.name == "4GiB")
-    run = Run(seed=0, threads=1, decode_tokens=1, warmup_tokens=1, prompt_tokens=1, prefetch="auto", timeout_s=60)
+    run = Run(seed=0, threads=2, decode_tokens=1, warmup_tokens=1, prompt_tokens=1, prefetch="auto", timeout_s=60)
     assert peers.measure_rates(case, tmp_path, run, Conditions(True, SLOW)).disk_bytes_per_s == 8e8
 
 
