@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-# The kernel hands a limited rate out in slices of 0.1 s, each at once: what is read is up to a slice ahead of the rate.
+# For how long a limited rate has to be measured: the kernel hands it out in slices of 0.1 s, each at once, so that what
+# is read is up to a slice ahead.
 SUSTAINED_S = 5.0
 
 

@@ -9,6 +9,7 @@ tables have markers of their own.
 import argparse
 import dataclasses
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -218,6 +219,7 @@ def main() -> None:
     if options.markdown:
         for name in names:  # told before hours of runs
             between_markers(DOCUMENT.read_text(), markers[name], "")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: packs, children and groups go too
     with tempfile.TemporaryDirectory() as scratch:
         packs = options.packs or Path(scratch)
         packs.mkdir(parents=True, exist_ok=True)
