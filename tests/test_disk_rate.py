@@ -1,6 +1,7 @@
 """Benchmarks with a limited disk: who is put into the group, and what stands in the document."""
 
 import contextlib
+import signal
 import sys
 
 import peers
@@ -80,6 +81,7 @@ def test_runs_of_the_tables_enter_the_group_of_their_disk(groups, monkeypatch, t
 
 def called(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own ways to end
     module.main()
 
 
