@@ -1,6 +1,11 @@
-"""When the disk was read while tokens were decoded, and what the run was doing while it was not."""
+"""When the disk was read while tokens were decoded, and what the run was doing while it was not.
+
+With --disk-rate reads wait until a disk of that rate would be done with them, one after the other: a slower disk, which
+gives nothing back for the time in which it was not asked (a control group's limit does, see docs/benchmarks.md).
+"""
 
 import argparse
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,11 +26,11 @@ class DiskTimeline:
     layers: list[Span] = field(default_factory=list)
     computing: list[Span] = field(default_factory=list)
 
-    def watch(self, model: Any) -> None:
-        """Follow an `OffloadedModel` from now on."""
+    def watch(self, model: Any, pace: "Pace | None" = None) -> None:
+        """Follow an `OffloadedModel` from now on, on a disk that is slowed down to ``pace``."""
         residency = model._residency
         files = residency._tier._reader._files
-        files._disk = _WatchedDisk(files._disk, self.reads)
+        files._disk = _WatchedDisk(files._disk, self.reads, pace)
         files._entries.clear()  # nothing has been read yet, or what was opened is opened again
         run, compute = residency._step, residency._compute
         residency._step = MethodType(lambda _, *args, **kwargs: self._timed(self.layers, run, args, kwargs), residency)
@@ -63,24 +68,41 @@ class DiskTimeline:
         }
 
 
+class Pace:
+    """When a disk of a rate, which reads one thing after the other, would be done."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at_s = 0.0
+        self._lock = threading.Lock()
+
+    def end_of(self, begin_s: float, num_bytes: int) -> float:
+        """Of a read that was asked for at ``begin_s``; those asked for before go first."""
+        with self._lock:
+            self._free_at_s = max(self._free_at_s, begin_s) + num_bytes / self._bytes_per_s
+            return self._free_at_s
+
+
 class _WatchedDisk:
-    def __init__(self, disk: Disk, spans: list[Span]) -> None:
-        self._disk, self._spans = disk, spans
+    def __init__(self, disk: Disk, spans: list[Span], pace: Pace | None) -> None:
+        self._disk, self._spans, self._pace = disk, spans, pace
 
     def open(self, path: Path) -> DiskFile:
-        return _WatchedFile(self._disk.open(path), self._spans)
+        return _WatchedFile(self._disk.open(path), self._spans, self._pace)
 
 
 class _WatchedFile:
-    def __init__(self, file: DiskFile, spans: list[Span]) -> None:
-        self._file, self._spans = file, spans
+    def __init__(self, file: DiskFile, spans: list[Span], pace: Pace | None) -> None:
+        self._file, self._spans, self._pace = file, spans, pace
         self.close = file.close
 
     def pread_into(self, into: memoryview, offset_bytes: int) -> int:
         begin_s = time.perf_counter()
+        end_s = begin_s if self._pace is None else self._pace.end_of(begin_s, len(into))
         try:
             return self._file.pread_into(into, offset_bytes)
         finally:
+            time.sleep(max(0.0, end_s - time.perf_counter()))
             self._spans.append((begin_s, time.perf_counter()))
 
 
@@ -122,27 +144,44 @@ def main() -> None:
     parser.add_argument("--ram", required=True)
     parser.add_argument("--prefetch", nargs="+", default=["off", "1"], help="off, auto or numbers of layers")
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--disk-rate", metavar="RATE", help="slow reads down to so much a second, like 0.8GB/s")
     options = parser.parse_args()
 
     import torch
 
     from moe_offload import OffloadedModel
+    from moe_offload.offload.planning.sizes import parse_rate
 
+    rate = None if options.disk_rate is None else parse_rate(options.disk_rate)
     for prefetch in options.prefetch:
         setting = int(prefetch) if prefetch.isdecimal() else prefetch
         with OffloadedModel.from_pretrained(
             options.pack, device="cpu", ram=options.ram, prefetch=setting, warm_start=False
         ) as model:
             timeline = DiskTimeline()
-            timeline.watch(model)
+            timeline.watch(model, None if rate is None else Pace(rate))
             vocab = model.model.config.vocab_size
             prompt = torch.randint(3, vocab, (1, 32), generator=torch.Generator().manual_seed(0))
             times_s: list[float] = []
-            model.model.register_forward_pre_hook(lambda *_, at=times_s: at.append(time.perf_counter()))
+            counts: list[Any] = []
+
+            def mark(*_: Any, model: Any = model, times_s: list[float] = times_s, counts: list[Any] = counts) -> None:
+                times_s.append(time.perf_counter())
+                counts.append(model._meter.read())
+
+            model.model.register_forward_pre_hook(mark)
             count = options.tokens + 10  # the first few still fill slots
             model.model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            shares = timeline.shares(times_s[-options.tokens], time.perf_counter())
-        print(f"prefetch {prefetch}: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), flush=True)
+            mark()
+            begin, end = -1 - options.tokens, -1
+            report = model._meter.between(counts[begin], counts[end])
+            shares = timeline.shares(times_s[begin], times_s[end])
+        step_s = (times_s[end] - times_s[begin]) / options.tokens
+        line = f"prefetch {prefetch}: {1 / step_s:.2f} tok/s, "
+        if rate is not None:  # of 1 / (bytes missed / disk rate)
+            missed_bytes = (report.bytes_read - report.prefetch_wasted_bytes) / options.tokens
+            line += f"{missed_bytes / rate / step_s:.0%} of the disk's bound, "
+        print(line + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), flush=True)
 
 
 if __name__ == "__main__":

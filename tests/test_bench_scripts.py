@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench_graph_step
 import bench_layer
+from disk_timeline import Pace
 
 
 @pytest.mark.parametrize("one_call", [True, False])
@@ -27,3 +28,10 @@ def test_a_recorded_step_runs_without_a_device():
     assert sum(layer.decode.hits for layer in residency.cache.stats.snapshot().layers) == 4
     assert lookahead._pass.predicted == {}
     assert not lookahead.foresaw_misses()
+
+
+def test_a_paced_disk_reads_one_after_the_other_and_gives_nothing_back():
+    pace = Pace(10.0)
+    assert pace.end_of(1.0, 5) == 1.5
+    assert pace.end_of(1.1, 10) == 2.5  # behind the first
+    assert pace.end_of(9.0, 10) == 10.0  # after a pause, as if there had been none
