@@ -1,6 +1,7 @@
-"""What becomes of large blocks that torch has freed: back to the system at once, or kept until a prompt is through."""
+"""What torch keeps beyond what it uses: large blocks that it has freed, and kernels that it has compiled."""
 
 import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ _TRIM_BYTES = 128 * 1024
 _REUSED_BYTES = 512 * 1024  # smaller blocks are kept in any case, as decoding wants
 _MOST_KEPT_BYTES = 32 * 1024**2  # of a block: glibc takes no more
 _NEVER_TRIM_BYTES = 1 << 30
+# oneDNN's cache of compiled products, and torch's own on top of it.
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_KEPT_KERNELS = 32  # more than the dense part of a layer has shapes
 # A hidden state of fewer tokens is seldom a large block.
 _FEWEST_TOKENS = 64
 
@@ -42,6 +46,16 @@ def give_freed_memory_back() -> bool:
         return False
     glibc.mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
     return bool(glibc.mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES))
+
+
+def keep_few_kernels() -> None:
+    """Have torch forget products of shapes not seen lately, of which it would keep 1024; what the user has set stays.
+
+    Each expert gets another number of a prompt's rows, and each number is a kernel with memory of its own: that adds
+    up to tens of MiB, and more with every prompt. Call it before the first product; later it does nothing.
+    """
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, str(_KEPT_KERNELS))
 
 
 class _Keeping:

@@ -19,7 +19,7 @@ from moe_offload.offload.experts.forwards import IMPLEMENTATION, install_expert_
 from moe_offload.offload.experts.layer import ExpertLayer, StepState
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.pack.manifest import REPACK, PackManifest
-from moe_offload.offload.pass_inputs import pass_tokens
+from moe_offload.offload.pass_inputs import LONGEST_DRAFT_TOKENS, pass_tokens
 from moe_offload.offload.row_embedding import replace_embedding, table_in_pack
 from moe_offload.offload.tiers.compute_tier import ComputeTier
 
@@ -78,11 +78,10 @@ def _refuse_saving(*args: Any, **kwargs: Any) -> NoReturn:
 
 def _track_phase(model: Any, step: StepState) -> None:
     """Tell the experts whether a forward pass is a prompt: more tokens of a sequence than drafts would bring."""
-    longest_draft_tokens = 16
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = pass_tokens(args, kwargs)
-        step.prefill = tokens is not None and tokens.dim() > 1 and tokens.shape[1] > longest_draft_tokens
+        step.prefill = tokens is not None and tokens.dim() > 1 and tokens.shape[1] > LONGEST_DRAFT_TOKENS
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     if model.config.is_encoder_decoder:  # `generate` runs the encoder by itself

@@ -23,7 +23,7 @@ from moe_offload.offload.experts.prefetch_tuning import PrefetchSwitch, parse_pr
 from moe_offload.offload.experts.step_tuning import StepClock, Turn
 from moe_offload.offload.experts.warm_start import HotSetFile, WarmStart
 from moe_offload.offload.first_use import find_pack, pack_config
-from moe_offload.offload.freed_memory import give_freed_memory_back, keep_freed_memory_in_prompts
+from moe_offload.offload.freed_memory import give_freed_memory_back, keep_few_kernels, keep_freed_memory_in_prompts
 from moe_offload.offload.generation import Generator
 from moe_offload.offload.graphs.choice import check_graphs, decode_graphs
 from moe_offload.offload.learning.predictor_file import load_predictor
@@ -270,6 +270,7 @@ class OffloadedModel:
                 check=check_budget,
             )
             give_freed_memory_back()
+            keep_few_kernels()
             manifest = read_manifest(folder)
             check_share(manifest, share, folder)
             config = pack_config(folder)

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+# A pass over more tokens of a sequence than drafts would bring is a prompt.
+LONGEST_DRAFT_TOKENS = 16
+
 
 def pass_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """The ids ``[B, S]`` or embeddings ``[B, S, H]`` that a pass reads; of a decoder, where its encoder is done."""

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
 from moe_offload import OffloadedModel
 from moe_offload.errors import BudgetError
+from moe_offload.offload import model as model_module
 from moe_offload.offload.checkpoint.transformers_loading import auto_class
 from moe_offload.offload.pack.manifest import is_pack
 from moe_offload.offload.pack.packer import pack_model
@@ -82,7 +83,15 @@ def load_smallest(folder: Path, *, pack_dir: Path | None = None, format: str = "
     pack = folder if is_pack(folder) else pack_model(str(folder), pack_dir, format=format)
     with pytest.raises(BudgetError) as refusal:
         OffloadedModel.from_pretrained(pack, ram=1, **settings)
-    return OffloadedModel.from_pretrained(pack, ram=refusal.value.needed_bytes, **settings)
+    make_plan = model_module.make_plan
+
+    def plan_without_more(*args: Any, **options: Any) -> Any:
+        plan = make_plan(*args, **options)
+        return replace(plan, num_slots=plan.fewest_slots, least_room=None)
+
+    with pytest.MonkeyPatch.context() as patch:  # what a text leaves of it would hold more of a tiny model
+        patch.setattr(model_module, "make_plan", plan_without_more)
+        return OffloadedModel.from_pretrained(pack, ram=refusal.value.needed_bytes, **settings)
 
 
 @torch.no_grad()

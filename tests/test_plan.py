@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import families
 import pytest
 from hypothesis import given, settings
@@ -43,6 +45,11 @@ def plan(manifest, ram_bytes, **kwargs):
     arguments = {"device": "cpu", "vram_bytes": None, "context_tokens": 64, "dtype_bytes": 4, "prefetch_depth": 1}
     arguments |= {"top_k_per_layer": [2] * len(manifest.layers), "config": CONFIG, **kwargs}
     return make_plan(manifest, arguments.pop("config"), ram_bytes=ram_bytes, **arguments)
+
+
+def all_room_bytes(found):
+    """What is used while a text takes all of the context, and a piece of a prompt is read."""
+    return replace(found, num_slots=found.fewest_slots).total_bytes("RAM")
 
 
 def refusal(manifest, ram_bytes, **kwargs):
@@ -106,8 +113,9 @@ def test_the_smallest_budget_works_and_one_byte_less_does_not(num_experts, top_k
     }
     needed_bytes = refusal(manifest, 1, **kwargs).needed_bytes
     smallest = plan(manifest, needed_bytes, **kwargs)
-    assert smallest.total_bytes("RAM") == needed_bytes
-    assert smallest.num_slots == (1,) * len(num_experts)
+    assert smallest.total_bytes("RAM") <= needed_bytes
+    assert smallest.fewest_slots == (1,) * len(num_experts)
+    assert all_room_bytes(smallest) == needed_bytes
     assert smallest.staging_slots == max(2, top_k - 1), "all of a token's experts can be under way"
     error = refusal(manifest, needed_bytes - 1, **kwargs)
     assert (error.needed_bytes, error.budget_bytes) == (needed_bytes, needed_bytes - 1)

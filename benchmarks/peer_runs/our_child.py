@@ -72,11 +72,12 @@ def main() -> None:
         offloaded._generator.replay(prompt, tokens(1 + warmup + decode), mark)
         counted = marks[warmup:]
         report = offloaded._meter.between(counted[0].counts, counted[-1].counts)
+        cache = offloaded._residency.cache
         figures = {
             "version": f"moe-offload {moe_offload.__version__}",
             "load_s": load_s,
             "ram_bytes": ram_bytes,
-            "share": offloaded.plan.resident_share,
+            "share": sum(map(cache.num_slots, range(cache.num_layers))) / sum(offloaded.plan.num_experts),
             "step_s": [later.time_s - earlier.time_s for earlier, later in itertools.pairwise(counted)],
             "read_bytes": (counted[-1].read_bytes - counted[0].read_bytes) / decode,
             "missed_bytes": missed_bytes(counted[0], counted[-1]) / decode,

@@ -20,7 +20,7 @@ from moe_offload.offload.bench.traffic import prompt_operations, routed_expert_b
 from moe_offload.offload.dense_weights import DenseWeights
 from moe_offload.offload.experts.lookahead import Lookahead
 from moe_offload.offload.first_use import pack_config
-from moe_offload.offload.freed_memory import give_freed_memory_back
+from moe_offload.offload.freed_memory import give_freed_memory_back, keep_few_kernels
 from moe_offload.offload.model import OffloadedModel
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
 from moe_offload.offload.pack.share import Share
@@ -47,6 +47,7 @@ def measure(job: Job, group: "ExpertGroup | None" = None) -> RunFigures:
     if workload.threads is not None:
         torch.set_num_threads(workload.threads)
     give_freed_memory_back()
+    keep_few_kernels()
     manifest, config = read_manifest(folder), pack_config(folder)
     rates = _rates(job, manifest, config)
     share = None if group is None else group.share
@@ -73,11 +74,12 @@ def measure(job: Job, group: "ExpertGroup | None" = None) -> RunFigures:
         traffic = token_traffic(model.model, model.manifest, context_tokens=context_tokens)
         operations = prompt_operations(model.model, model.manifest, workload.prompt_tokens)
         peak_bytes = (peak_rss_bytes() or 0) - base_bytes if has_peak else None
-        plan = model.plan
+        plan, cache = model.plan, model._residency.cache
+        num_slots = sum(map(cache.num_slots, range(cache.num_layers)))  # some may have given way to the text
     return RunFigures(
         routing=note,
         ram_bytes=plan.ram_bytes,
-        resident_share=plan.resident_share,
+        resident_share=num_slots / sum(plan.num_experts),
         load_s=load_s,
         peak_bytes=peak_bytes,
         expert_bytes_per_token=traffic.expert_bytes,
@@ -219,9 +221,9 @@ def _rates(job: Job, manifest: PackManifest, config: Any) -> MachineRates:
 
 
 def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job, share: Share | None = None) -> int:
-    """The budget with which the part of every layer's experts that the setting asks for is resident.
+    """The budget with which the part of every layer's experts that the setting asks for is resident while decoding.
 
-    ``share``: of this rank's experts.
+    It holds all of them in a prompt too. ``share``: of this rank's experts.
     """
     assert job.setting.resident is not None
     dtype = config.dtype or torch.bfloat16
@@ -241,10 +243,12 @@ def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job, shar
             resident_dense_bytes=0 if holds_only_experts else dense.resident_bytes(dtype, without=table),
             experts_only=holds_only_experts,
         )
-    return plan.total_bytes("RAM") - sum(
-        (layer.num_experts - max(1, round(job.setting.resident * layer.num_experts))) * layer.slot_bytes
-        for layer in shape.layers
-    )
+    num_slots = [max(1, round(job.setting.resident * layer.num_experts)) for layer in shape.layers]
+    slots_bytes = sum(layer.slot_bytes * slots for layer, slots in zip(shape.layers, num_slots, strict=True))
+    least_bytes = sum(layer.slot_bytes for layer in shape.layers)
+    if num_slots != [layer.num_experts for layer in shape.layers] and plan.least_room is not None:
+        slots_bytes = max(least_bytes, slots_bytes - (plan.room.total_bytes - plan.least_room.total_bytes))
+    return plan.total_bytes("RAM") - plan.slots_bytes(range(len(num_slots))) + slots_bytes
 
 
 def main() -> None:

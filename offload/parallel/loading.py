@@ -20,7 +20,7 @@ from moe_offload.offload.experts.prefetch_tuning import parse_prefetch
 from moe_offload.offload.experts.residency import Residency
 from moe_offload.offload.experts.warm_start import HotSetFile
 from moe_offload.offload.first_use import find_pack, pack_config
-from moe_offload.offload.freed_memory import give_freed_memory_back
+from moe_offload.offload.freed_memory import give_freed_memory_back, keep_few_kernels
 from moe_offload.offload.learning.predictor_file import load_predictor
 from moe_offload.offload.loader import check_containers
 from moe_offload.offload.pack.manifest import PackManifest, read_manifest
@@ -102,6 +102,7 @@ def serve_experts(
         check=check_budget,
     )
     give_freed_memory_back()
+    keep_few_kernels()
     manifest = read_manifest(folder)
     check_share(manifest, group.share, folder)
     config = pack_config(folder)

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from moe_offload.errors import BudgetError
 from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.pack.manifest import LayerLayout
+from moe_offload.offload.pass_inputs import LONGEST_DRAFT_TOKENS
 from moe_offload.offload.planning.cuda_memory import (
     CONTEXT_BYTES,
     LIBRARY_BYTES,
@@ -18,6 +19,7 @@ from moe_offload.offload.planning.cuda_memory import (
 from moe_offload.offload.planning.device_parts import DevicePart, device_parts
 from moe_offload.offload.planning.kv_cache import cache_bytes_per_layer, state_bytes
 from moe_offload.offload.planning.placement import Placement
+from moe_offload.offload.planning.room import Room, tokens_at_once
 from moe_offload.offload.planning.sizes import format_size
 from moe_offload.offload.planning.slot_shares import SlotNeed, slots_bytes
 from moe_offload.offload.planning.workspace import prefill_chunk_tokens, workspace_bytes
@@ -59,26 +61,11 @@ class Demand:
         self.chunk_tokens = prefill_chunk_tokens(
             config, context_tokens=context_tokens, dtype_bytes=dtype_bytes, expert_rows=expert_rows
         )
-        spare_tokens = SPARE_TOKENS if device == "cpu" else 0
-        self.cache_bytes: list[int] = []
-        if not experts_only:
-            self.cache_bytes = cache_bytes_per_layer(
-                config,
-                context_tokens=context_tokens + spare_tokens,
-                dtype_bytes=dtype_bytes,
-                chunk_tokens=self.chunk_tokens,
-            )
+        self.cache_bytes = [] if experts_only else self._cache_bytes(context_tokens)
         self.kv_bytes = sum(self.cache_bytes)
-        self.workspace_bytes, step_bytes = (
-            workspace_bytes(
-                config,
-                chunk_tokens=tokens,
-                context_tokens=context_tokens,
-                dtype_bytes=dtype_bytes,
-                expert_rows=expert_rows,
-            )
-            for tokens in (self.chunk_tokens, 1)
-        )
+        self.workspace_bytes, step_bytes = (self._workspace_bytes(n, context_tokens) for n in (self.chunk_tokens, 1))
+        self.room = Room(context_tokens, self.chunk_tokens, self.kv_bytes, self.workspace_bytes)
+        self.least_room = self._least_room()
         self.needs = [SlotNeed(layer.num_experts, layer.slot_bytes, _FEWEST_SLOTS) for layer in layers]
         # All of a token's experts can be on their way at once, however few slots their layer has.
         self.staging_slots = max(STAGING_SLOTS, max(top_k_per_layer) - _FEWEST_SLOTS)
@@ -86,7 +73,38 @@ class Demand:
         self.staging_bytes = self.staging_slots * self.largest_slot_bytes
         self._graph_pool_bytes = graph_pool_bytes(step_bytes, state_bytes(config, dtype_bytes)) if graphs else 0
         self.runtime_bytes = RUNTIME_BYTES[device] if device == "cpu" else 0
-        self.fixed_bytes = dense_bytes + self.kv_bytes + self.workspace_bytes + self.staging_bytes + self.runtime_bytes
+        self.fixed_bytes = dense_bytes + self.room.total_bytes + self.staging_bytes + self.runtime_bytes
+
+    def _least_room(self) -> Room:
+        """What slots leave free at any time: room for a short text that is being decoded.
+
+        All of it where nobody sees to it that slots give way, or where that costs more than it brings: on a GPU slabs
+        would be made anew, and recorded steps with them; a rank that holds experts for another knows of no text; an
+        encoder reads all of a text at once, and what it leaves for the decoder is as long as that.
+        """
+        if self.device != "cpu" or self.experts_only or self.config.is_encoder_decoder:
+            return self.room
+        text_tokens, pass_tokens = tokens_at_once(self.context_tokens), min(self.chunk_tokens, LONGEST_DRAFT_TOKENS)
+        kv_bytes = min(self.kv_bytes, sum(self._cache_bytes(text_tokens)))
+        step_bytes = min(self.workspace_bytes, self._workspace_bytes(pass_tokens, text_tokens))
+        return Room(text_tokens, pass_tokens, kv_bytes, step_bytes)
+
+    def _cache_bytes(self, text_tokens: int) -> list[int]:
+        return cache_bytes_per_layer(
+            self.config,
+            context_tokens=text_tokens + (SPARE_TOKENS if self.device == "cpu" else 0),
+            dtype_bytes=self.dtype_bytes,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    def _workspace_bytes(self, pass_tokens: int, text_tokens: int) -> int:
+        return workspace_bytes(
+            self.config,
+            chunk_tokens=pass_tokens,
+            context_tokens=text_tokens,
+            dtype_bytes=self.dtype_bytes,
+            expert_rows=self.expert_rows,
+        )
 
     def overhead(self, num_slots: Sequence[int]) -> CudaOverhead | None:
         """What a GPU's memory holds beside all that, where layers have so many slots; None for the CPU."""

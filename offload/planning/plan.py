@@ -21,8 +21,9 @@ from moe_offload.offload.planning.demand import (
     typed_size,
 )
 from moe_offload.offload.planning.device_parts import DevicePart, fill_parts
+from moe_offload.offload.planning.room import Room
 from moe_offload.offload.planning.sizes import format_size
-from moe_offload.offload.planning.slot_shares import fill_slots, fill_slots_beside
+from moe_offload.offload.planning.slot_shares import fewer_slots, fill_slots, fill_slots_beside
 
 
 class PackShape(Protocol):
@@ -46,7 +47,11 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Who gets which bytes; "compute" slots are those that kernels read: in RAM on the CPU, in VRAM on a GPU."""
+    """Who gets which bytes; "compute" slots are those that kernels read: in RAM on the CPU, in VRAM on a GPU.
+
+    ``num_slots`` are the most: beside ``least_room``. On the CPU some give way while a text needs more than that
+    (`ContextRoom`): ``fewest_slots`` stay beside all of the context and a piece of a prompt.
+    """
 
     device: Device
     ram_bytes: int
@@ -62,10 +67,13 @@ class Plan:
     num_experts: tuple[int, ...]
     slot_bytes: tuple[int, ...]
     num_slots: tuple[int, ...]
+    fewest_slots: tuple[int, ...]
     num_host_slots: tuple[int, ...]
     staging_slots: int
     num_host_staging_slots: int
     num_cache_layers: int = 0
+    least_room: Room | None = None
+    """Room that slots leave at any time; None: for all of the context and a piece of a prompt, and none give way."""
     expert_rows: int = 0
     """The sum of the output widths of the widest expert's projections."""
     parts: tuple[DevicePart, ...] = ()
@@ -80,6 +88,11 @@ class Plan:
     def resident_share(self) -> float:
         """Share of all experts that the compute slots hold."""
         return sum(self.num_slots) / sum(self.num_experts)
+
+    @property
+    def fewest_share(self) -> float:
+        """The share that they hold beside all of the context and a piece of a prompt."""
+        return sum(self.fewest_slots) / sum(self.num_experts)
 
     @property
     def host_share(self) -> float:
@@ -97,6 +110,18 @@ class Plan:
         """What is placed where, by the names of modules; empty where there is one device."""
         return {name: torch.device("cuda", part.index) for part in self.parts for name in part.modules}
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether there are slots that give way to a text."""
+        return self.least_room is not None and self.fewest_slots != self.num_slots
+
+    @property
+    def room(self) -> Room:
+        """What is there for a text beside all slots."""
+        if self.least_room is not None and self.gives_way:
+            return self.least_room
+        return Room(self.context_tokens, self.prefill_chunk_tokens, self.kv_bytes, self.workspace_bytes)
+
     def slots_bytes(self, layers: Sequence[int]) -> int:
         """Bytes of the compute slots of some layers."""
         return sum(self.slot_bytes[layer_idx] * self.num_slots[layer_idx] for layer_idx in layers)
@@ -108,8 +133,8 @@ class Plan:
         tier = "RAM" if self.device == "cpu" else "VRAM"
         lines = [
             Line(tier, "dense weights", self.dense_bytes),
-            Line(tier, f"KV cache, {self.context_tokens} tokens", self.kv_bytes),
-            Line(tier, f"workspace, {self.prefill_chunk_tokens} tokens at once", self.workspace_bytes),
+            Line(tier, f"KV cache, {self.room.text_tokens} tokens", self.room.kv_bytes),
+            Line(tier, f"workspace, {self.room.pass_tokens} tokens at once", self.room.workspace_bytes),
             Line(tier, f"staging, {self.staging_slots} slots", self.staging_slots * self.staging_slot_bytes),
         ]
         if self.overhead is not None:
@@ -169,6 +194,12 @@ class Plan:
             for tier, label, size, share in rows
         ]
         text.append(f"{_slots_phrase(self.num_slots, self.num_experts)}, {self.resident_share:.0%} of experts resident")
+        if self.gives_way:
+            phrase = _slots_phrase(self.fewest_slots, self.num_experts)
+            text.append(
+                f"room for {self.context_tokens} tokens, {self.prefill_chunk_tokens} at once, is taken from them when "
+                f"a text needs it: {phrase}, {self.fewest_share:.0%} of experts"
+            )
         if self.device == "cuda":
             phrase = _slots_phrase(self.num_host_slots, self.num_experts)
             text.append(f"second tier in RAM: {phrase}, {self.host_share:.0%} of experts")
@@ -224,10 +255,16 @@ def make_plan(
         option = "--ram" if device == "cpu" else "--vram"
         raise budget_error(option, compute_bytes, demand, manifest.expert_format)
     parts: tuple[DevicePart, ...] = ()
+    lent_bytes = demand.room.total_bytes - demand.least_room.total_bytes
     if place is None:
-        num_slots = fill_slots_beside(demand.needs, compute_bytes - demand.fixed_bytes, demand.overhead_bytes)
+        slots_budget_bytes = compute_bytes - demand.fixed_bytes
+        num_slots = fill_slots_beside(demand.needs, slots_budget_bytes + lent_bytes, demand.overhead_bytes)
+        fewest_slots = num_slots
+        if lent_bytes:
+            fewest_slots = fewer_slots([need.slot_bytes for need in demand.needs], num_slots, slots_budget_bytes)
     else:
         parts, num_slots = fill_parts(demand.parts(place), demand.needs, demand.overhead_of_part)
+        fewest_slots = num_slots
     num_host_slots, num_host_staging_slots, runtime_bytes = [0] * len(manifest.layers), 0, RUNTIME_BYTES[device]
     if device == "cuda":
         # Reads for every layer looked ahead land beside those on demand.
@@ -259,10 +296,12 @@ def make_plan(
         num_experts=tuple(need.num_experts for need in demand.needs),
         slot_bytes=tuple(need.slot_bytes for need in demand.needs),
         num_slots=tuple(num_slots),
+        fewest_slots=tuple(fewest_slots),
         num_host_slots=tuple(num_host_slots),
         staging_slots=demand.staging_slots,
         num_host_staging_slots=num_host_staging_slots,
         num_cache_layers=len(demand.cache_bytes),
+        least_room=demand.least_room if lent_bytes else None,
         expert_rows=demand.expert_rows,
         parts=parts,
     )

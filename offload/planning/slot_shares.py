@@ -51,6 +51,12 @@ def fill_slots(needs: Sequence[SlotNeed], budget_bytes: int) -> list[int]:
         left_bytes -= needs[behind].slot_bytes
 
 
+def fewer_slots(slot_bytes: Sequence[int], num_slots: Sequence[int], budget_bytes: int) -> list[int]:
+    """What stays of so many slots a layer in a smaller budget: the same share of each layer's, and at least one."""
+    needs = [SlotNeed(slots, size, 1) for slots, size in zip(num_slots, slot_bytes, strict=True)]
+    return fill_slots(needs, budget_bytes)
+
+
 def fill_slots_beside(
     needs: Sequence[SlotNeed], budget_bytes: int, beside_bytes: Callable[[Sequence[int]], int]
 ) -> list[int]:
