@@ -34,6 +34,7 @@ class ExpertCache:
     ) -> None:
         """One number per layer in each: experts, slots at the start, and slots that a resize leaves (default 1)."""
         self._num_experts = list(num_experts)
+        self._first_num_slots = list(num_slots)
         self._floors = [1] * len(num_experts) if floors is None else list(floors)
         if not len(num_experts) == len(num_slots) == len(self._floors):
             raise ConfigError(
@@ -63,13 +64,18 @@ class ExpertCache:
             return self._layers[layer_idx].slots.num_slots
 
     def observe(self, observer: CacheObserver | None) -> None:
-        """Tell ``observer`` of everything from now on, first what is resident and how hot it is; None: nobody."""
+        """Tell ``observer`` of everything from now on; None: nobody.
+
+        First of layers that do not have the slots that they began with, then what is resident and how hot it is.
+        """
         with self._lock:
             self._observer = observer
             if observer is None:
                 return
             for layer_idx, layer in enumerate(self._layers):
-                resident = layer.slots.resident_by_slot()
+                resident, num_slots = layer.slots.resident_by_slot(), layer.slots.num_slots
+                if num_slots != self._first_num_slots[layer_idx]:
+                    observer.told(EventKind.RESIZE, layer_idx, (num_slots,))
                 if resident:
                     scores = self._policy.scores(layer_idx)
                     hot = sorted((e for e in resident if e >= 0), key=scores.__getitem__, reverse=True)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_device import FakeDevice
@@ -16,6 +17,7 @@ from family_runs import save_random_model
 from transformers import DynamicCache, StaticCache
 
 from moe_offload import OffloadedModel
+from moe_offload.cache.trace import EventKind
 from moe_offload.errors import BudgetError
 from moe_offload.offload import model as model_module
 from moe_offload.offload.context_room import ContextRoom
@@ -271,3 +273,26 @@ def _room(model: OffloadedModel) -> ContextRoom:
         if isinstance(getattr(hook, "__self__", None), ContextRoom)
     ]
     return hook
+
+
+def test_a_recording_tells_how_many_slots_there_are(pack: Path, load: Load):
+    """Also where it begins while a prompt has some of them."""
+    model = load(pack, "cpu", slots=15)
+    most, cache = slots_of(model), DynamicCache(config=model.model.config)
+    step(model, cache, num_tokens=PROMPT_TOKENS)
+    during = slots_of(model)
+    assert during != most
+    with model.tracing() as recording:
+        step(model, cache, num_tokens=1)
+    trace = recording.trace
+    assert trace.num_slots is not None
+    assert trace.event_kind is not None
+    assert trace.num_slots.tolist() == most
+    begin = np.cumsum(trace.event_size) - trace.event_size
+    told = list(most)
+    seen = []
+    for index in np.flatnonzero(trace.event_kind == EventKind.RESIZE):
+        told[trace.event_layer[index]] = int(trace.event_experts[begin[index]])
+        seen.append(list(told))
+    assert during in seen
+    assert told == slots_of(model)
