@@ -223,7 +223,7 @@ def _rates(job: Job, manifest: PackManifest, config: Any) -> MachineRates:
 def _ram_bytes(folder: Path, manifest: PackManifest, config: Any, job: Job, share: Share | None = None) -> int:
     """The budget with which the part of every layer's experts that the setting asks for is resident while decoding.
 
-    It holds all of them in a prompt too. ``share``: of this rank's experts.
+    Where that is all of them, it is so in a prompt too. ``share``: of this rank's experts.
     """
     assert job.setting.resident is not None
     dtype = config.dtype or torch.bfloat16
