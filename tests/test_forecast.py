@@ -207,6 +207,25 @@ def test_what_does_not_fit_says_what_would_do():
     assert any(item.speed for item in forecast(open_shape("mixtral-8x7b"), enough, formats=["nf4", "nf3"]).formats)
 
 
+def test_a_prompt_is_foretold_with_the_slots_that_it_leaves():
+    machine = replace(LAPTOP, ram_bytes=8 * GIB)
+    shape = open_shape("mixtral-8x7b")
+    found = forecast(shape, machine, formats=["nf4"], dense_format="nf4", prompt_tokens=2000)
+    (item,) = found.to_dict()["formats"]
+    assert item["fewest_share"] < item["resident_share"]
+    assert sum(line["size_bytes"] for line in item["memory"]) == item["ram_bytes"] <= machine.ram_bytes
+    (speed,) = [one.speed for one in found.formats]
+    packed = candidate(shape, machine, "nf4", "nf4")
+
+    def first_token_s(num_slots):
+        load = packed.token_load(speed.plan, context_tokens=2000, num_slots=num_slots)
+        chunks = {"prompt_tokens": 2000, "chunk_tokens": speed.plan.prefill_chunk_tokens}
+        return prompt_time(load, machine, operations_per_token=packed.operations_per_token, **chunks).mid
+
+    assert speed.time_to_first_token_s.mid == first_token_s(speed.plan.fewest_slots)
+    assert first_token_s(speed.plan.fewest_slots) > first_token_s(speed.plan.num_slots)
+
+
 def test_more_memory_is_never_slower_and_fewer_bits_need_less():
     shape = open_shape("qwen3-30b-a3b")
     speeds = []

@@ -74,8 +74,11 @@ class Candidate:
             place=place if machine.gpus else None,
         )
 
-    def token_load(self, plan: Plan, *, context_tokens: int) -> TokenLoad:
-        """What a decode step moves under ``plan`` with so many tokens in its past."""
+    def token_load(self, plan: Plan, *, context_tokens: int, num_slots: Sequence[int] | None = None) -> TokenLoad:
+        """What a decode step moves under ``plan`` with so many tokens in its past.
+
+        ``num_slots``: of each layer, where they are not the most.
+        """
         loads = [
             LayerLoad(
                 layer.num_experts,
@@ -84,7 +87,9 @@ class Candidate:
                 slots / layer.num_experts,
                 host_slots / layer.num_experts,
             )
-            for layer, slots, host_slots in zip(self.layers, plan.num_slots, plan.num_host_slots, strict=True)
+            for layer, slots, host_slots in zip(
+                self.layers, plan.num_slots if num_slots is None else num_slots, plan.num_host_slots, strict=True
+            )
             if not _is_encoders(layer.module, self.config)
         ]
         kv_bytes = kv_cache_bytes(self.config, context_tokens=context_tokens, dtype_bytes=self.dtype_bytes)

@@ -9,9 +9,9 @@ is ``{"low", "mid", "high"}``::
                  "gpus": [[number, bytes]]},
      "context_tokens", "prompt_tokens", "routing",
      "formats": [{"format", "dense_format", "pack_bytes", "packing_s": band, "fits", "needed_bytes", "refusal",
-                  "ram_bytes", "vram_bytes", "resident_share", "host_share", "hit_ratio": band, "reach": band,
-                  "bytes_read_per_token", "tokens_per_s": band, "time_to_first_token_s": band, "bound_by", "ways_s",
-                  "memory": [{"tier", "use", "size_bytes"}]}],
+                  "ram_bytes", "vram_bytes", "resident_share", "fewest_share", "host_share", "hit_ratio": band,
+                  "reach": band, "bytes_read_per_token", "tokens_per_s": band, "time_to_first_token_s": band,
+                  "bound_by", "ways_s", "memory": [{"tier", "use", "size_bytes"}]}],
      "recommendation": {"format", "sentence", "command"}}
 
 A rate of the machine is ``{"per_s", "origin"}``, its origin "measured", "given" or "assumed". Of a format that does not
@@ -80,6 +80,7 @@ class FormatForecast:
             "ram_bytes": speed and speed.plan.total_bytes("RAM"),
             "vram_bytes": speed and speed.plan.total_bytes("VRAM"),
             "resident_share": speed and speed.plan.resident_share,
+            "fewest_share": speed and speed.plan.fewest_share,
             "host_share": speed and speed.plan.host_share,
             "hit_ratio": speed and speed.hit_ratio.to_dict(),
             "reach": speed and speed.reach.to_dict(),
@@ -186,7 +187,8 @@ def _in_turn(shape: ModelShape, machine: Machine, spec: str, dense_formats: Sequ
 
 
 def _speed(item: Candidate, plan: Plan, machine: Machine, curve: HitCurve, prompt_tokens: int) -> Speed:
-    load = item.token_load(plan, context_tokens=min(prompt_tokens, plan.context_tokens))
+    context_tokens = min(prompt_tokens, plan.context_tokens)
+    load = item.token_load(plan, context_tokens=context_tokens)
     hit_ratio, reach = load.hit_ratio(curve), load.reach(curve)
     return Speed(
         plan,
@@ -195,7 +197,7 @@ def _speed(item: Candidate, plan: Plan, machine: Machine, curve: HitCurve, promp
         load.expert_bytes * (1 - reach.mid),
         decode_time(load, machine, hit_ratio, reach),
         prompt_time(
-            load,
+            item.token_load(plan, context_tokens=context_tokens, num_slots=plan.fewest_slots),
             machine,
             prompt_tokens=prompt_tokens,
             chunk_tokens=plan.prefill_chunk_tokens,

@@ -44,7 +44,7 @@ def recommend(
     assert best.speed is not None
     command = None if shape.name in CUSTOM_CODE else _command(shape, best, machine, context_tokens)
     speed = best.speed.decode.tokens_per_s
-    if best.speed.plan.resident_share >= 1:
+    if best.speed.plan.fewest_share >= 1:
         place = f"all experts stay in {'RAM' if machine.device == 'cpu' else 'VRAM'}"
     else:
         found, reached = f"{best.speed.hit_ratio.mid:.0%}", f"{best.speed.reach.mid:.0%}"
