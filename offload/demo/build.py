@@ -23,7 +23,7 @@ SOURCE_NAME = f"demo: SmolLM2-135M-Instruct upcycled to {NUM_EXPERTS} experts"
 PACK_NAME = f"demo-{CHECKPOINT_NAME}-{FORMAT}-{RECIPE}"
 BUILD_BYTES = 2_300_000_000  # the checkpoint, in bf16 and removed at the end, and the pack
 # Hold about 40 % of its experts, so that the cache has work to do. On a GPU the context takes more than a process does.
-DEMO_RAM = "720MiB"
+DEMO_RAM = "560MiB"
 DEMO_VRAM = "1180MiB"
 
 
