@@ -1,10 +1,10 @@
 """Decoding and reading prompts beside llama.cpp and fastllm: the same shapes, bits and memory limits, in one run.
 
 Every engine runs in a process of its own on random weights, which route almost uniformly, and on random tokens; the
-engines take turns (A B A B ...), the page cache is dropped before each. A limit is a control group's, which counts the
-page cache too and so is fair to memory maps; without root, cases with a limit are skipped. --disk-rate holds the disk
-of --work to a rate, for every engine and for the reading that the bound is made of. Neither peer is needed by the
-project: name the interpreters of the environments that have them.
+engines take turns (A B A B ...), the page cache is dropped before each, and the machine given time to settle. A limit
+is a control group's, which counts the page cache too and so is fair to memory maps; without root, cases with a limit
+are skipped. --disk-rate holds the disk of --work to a rate, for every engine and for the reading that the bound is made
+of. Neither peer is needed by the project: name the interpreters of the environments that have them.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from peer_runs.weights import WeightFiles, weight_bytes
 from moe_offload.offload.bench.report import MachineRates
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+# A virtual machine is returning what a process has freed to its host for many seconds. Steps take up to eight times as
+# long meanwhile, and an engine that loads fast would have them counted.
+SETTLE_S = 20
 BUSY_LOAD = 0.3  # more than this beside us, and figures mean little
 
 
@@ -72,6 +76,7 @@ def run_once(
     """One process of one engine, in a group of its own where that is possible."""
     values = settings(result.entry, case, weights, run)
     drop_page_cache(sorted(weights.iterdir()) if weights.is_dir() else [weights])
+    time.sleep(SETTLE_S)
     with busy_processes(case.busy_processes):
         limit_bytes = None if result.entry.unlimited else case.limit_bytes
         with conditions.engine_group(limit_bytes) as group:

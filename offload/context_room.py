@@ -14,6 +14,7 @@ from transformers import Cache
 from moe_offload.errors import BudgetError
 from moe_offload.offload.decode.kv_room import SPARE_TOKENS
 from moe_offload.offload.experts.residency import Residency
+from moe_offload.offload.freed_memory import return_freed_memory
 from moe_offload.offload.graphs.answer_cache import AnswerCache
 from moe_offload.offload.graphs.answer_layers import KeptMemory
 from moe_offload.offload.pass_inputs import LONGEST_DRAFT_TOKENS, pass_tokens
@@ -121,13 +122,17 @@ class ContextRoom:
         return [] if is_planned else texts
 
     def _make_room(self, texts: Sequence[tuple[int, int]], *, is_prompt: bool) -> None:
+        come_back = False
         for device_idx, needed_bytes in enumerate(self._needed_bytes(texts)):
             device = self._devices[device_idx]
             slots = self._slots_beside(device_idx, max(0, needed_bytes - device.room_bytes), texts)
             for layer_idx, num_slots in zip(device.layers, slots, strict=True):
                 if num_slots < self._num_slots[layer_idx] or (num_slots > self._num_slots[layer_idx] and not is_prompt):
+                    come_back |= num_slots > self._num_slots[layer_idx]
                     self._num_slots[layer_idx] = num_slots
                     self._behind.add(layer_idx)
+        if come_back:  # into the memory of a text that is gone, which may lie between blocks that are in use
+            return_freed_memory()
         if self._plan.device == "cuda" and len(self._in_pass) > 1:
             return
         # Those that give up slots first, so that there is memory for those that get some.

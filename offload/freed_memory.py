@@ -48,6 +48,13 @@ def give_freed_memory_back() -> bool:
     return bool(glibc.mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES))
 
 
+def return_freed_memory() -> None:
+    """Give the system what was freed so far and lies in the middle of what is in use; some milliseconds."""
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+
+
 def keep_few_kernels() -> None:
     """Have torch forget products of shapes not seen lately, of which it would keep 1024; what the user has set stays.
 
@@ -82,7 +89,7 @@ class _Keeping:
                 self._num_passes -= 1
                 if not self._num_passes:
                     give_freed_memory_back()
-                    glibc.malloc_trim(0)
+                    return_freed_memory()
 
 
 _keeping = _Keeping()

@@ -19,6 +19,7 @@ from transformers import DynamicCache, StaticCache
 from moe_offload import OffloadedModel
 from moe_offload.cache.trace import EventKind
 from moe_offload.errors import BudgetError
+from moe_offload.offload import context_room
 from moe_offload.offload import model as model_module
 from moe_offload.offload.context_room import ContextRoom
 from moe_offload.offload.graphs.answer_cache import AnswerCache
@@ -160,6 +161,20 @@ def test_memory_of_slots_given_up_goes_back_to_the_system(pack: Path, load: Load
     given_up = [memory for memories in tier._given_up for memory in memories]
     assert len(given_up) == num_given_up > 0
     assert not any(any(memory.bytes) for memory in given_up), "untouched again"
+
+
+def test_slots_come_back_when_the_memory_of_a_text_has_gone_back(
+    pack: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+):
+    model = load(pack, "cpu", slots=15)
+    slots_then: list[int] = []
+    monkeypatch.setattr(context_room, "return_freed_memory", lambda: slots_then.append(sum(slots_of(model))))
+    run(model, LONG_TOKENS)
+    slots_then.clear()
+    fewest = sum(slots_of(model))
+    step(model, DynamicCache(config=model.model.config))
+    assert slots_then == [fewest]
+    assert slots_of(model) == list(model.plan.num_slots)
 
 
 @pytest.mark.parametrize(("device", "num_tokens"), [("cpu", 30), ("cuda", LONG_TOKENS)])
