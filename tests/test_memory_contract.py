@@ -61,6 +61,7 @@ PROMPTS_IN_TURN = """
 import json, sys
 import moe_offload  # before torch, as the command line has it
 import torch, transformers
+import torch._dynamo  # transformers wants it once a model is built, and it wants Triton where that is installed
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 from moe_offload.offload.planning.memory import peak_rss_bytes, reset_peak_rss, rss_bytes

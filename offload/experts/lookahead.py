@@ -262,10 +262,11 @@ class Lookahead:
             tokens = pass_tokens(args, kwargs)
             if first is None or tokens is None or not self.reads_prompts_ahead or not is_prompt():
                 return
+            num_experts = self._residency.cache.num_experts(0)
             # What so many tokens use of experts that are drawn evenly.
-            share = 1 - (1 - first.top_k / first.num_experts) ** tokens.shape[:2].numel()
+            share = 1 - (1 - first.top_k / num_experts) ** tokens.shape[:2].numel()
             if share >= PROMPT_SHARE:
-                self._residency.prefetch(0, range(first.num_experts))
+                self._residency.prefetch(0, range(num_experts))
 
         model.register_forward_pre_hook(before, with_kwargs=True)
 
